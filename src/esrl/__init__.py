@@ -1,0 +1,84 @@
+"""Efficient sampling-based reinforcement learning for sequence generation (ESRL, AAAI 2024).
+
+Every command is a function of the same name and config, and the parts can be used on their own::
+
+    import esrl
+    result = esrl.rl(esrl.RLConfig(model="runs/mle/model", output_dir=Path("runs/esrl"), data=...))
+
+    plan = esrl.allocate(torch.tensor([0.1, 0.4]), esrl.AllocationConfig(max_samples=10))
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# name -> module; imported at first use, so that `import esrl` costs nothing
+_PUBLIC = {
+    "AllocationConfig": "esrl.algorithm.allocation",
+    "allocate": "esrl.algorithm.allocation",
+    "BaselineConfig": "esrl.algorithm.baselines",
+    "RewardQueue": "esrl.algorithm.baselines",
+    "CapabilityConfig": "esrl.algorithm.capability",
+    "CapabilityMemory": "esrl.algorithm.capability",
+    "Groups": "esrl.algorithm.groups",
+    "ObjectiveConfig": "esrl.algorithm.objectives",
+    "RewardedSamples": "esrl.algorithm.objectives",
+    "coefficients": "esrl.algorithm.objectives",
+    "objective_loss": "esrl.algorithm.objectives",
+    "DataConfig": "esrl.data.readers",
+    "load_examples": "esrl.data.readers",
+    "load_policy": "esrl.models.seq2seq",
+    "RewardConfig": "esrl.rewards.calling",
+    "build_reward": "esrl.rewards.calling",
+    "BLEU": "esrl.rewards.text",
+    "ChrF": "esrl.rewards.text",
+    "ExactMatch": "esrl.rewards.text",
+    "RougeL": "esrl.rewards.text",
+    "EngineSampler": "esrl.sampling.engine",
+    "SamplingConfig": "esrl.sampling.engine",
+    "StageTwo": "esrl.training.gradient",
+    "GradientConfig": "esrl.training.gradient",
+    "Prompts": "esrl.types",
+    "Rollouts": "esrl.types",
+    "SamplingPlan": "esrl.types",
+    "MLEConfig": "esrl.config",
+    "RLConfig": "esrl.config",
+    "RunResult": "esrl.commands",
+    "mle": "esrl.commands",
+    "rl": "esrl.commands",
+    "EvaluateConfig": "esrl.apply",
+    "GenerateConfig": "esrl.apply",
+    "evaluate": "esrl.apply",
+    "generate": "esrl.apply",
+    "write_report": "esrl.report",
+}
+
+__all__ = ["__version__", *sorted(_PUBLIC)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'esrl' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+if TYPE_CHECKING:  # what type checkers and editors see
+    from esrl.algorithm.allocation import AllocationConfig, allocate
+    from esrl.algorithm.baselines import BaselineConfig, RewardQueue
+    from esrl.algorithm.capability import CapabilityConfig, CapabilityMemory
+    from esrl.algorithm.groups import Groups
+    from esrl.algorithm.objectives import ObjectiveConfig, RewardedSamples, coefficients, objective_loss
+    from esrl.apply import EvaluateConfig, GenerateConfig, evaluate, generate
+    from esrl.commands import RunResult, mle, rl
+    from esrl.config import MLEConfig, RLConfig
+    from esrl.data.readers import DataConfig, load_examples
+    from esrl.models.seq2seq import load_policy
+    from esrl.report import write_report
+    from esrl.rewards.calling import RewardConfig, build_reward
+    from esrl.rewards.text import BLEU, ChrF, ExactMatch, RougeL
+    from esrl.sampling.engine import EngineSampler, SamplingConfig
+    from esrl.training.gradient import GradientConfig, StageTwo
+    from esrl.types import Prompts, Rollouts, SamplingPlan

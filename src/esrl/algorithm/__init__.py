@@ -1,0 +1,1 @@
+"""The paper, as pure tensor functions; knows torch and nothing else."""

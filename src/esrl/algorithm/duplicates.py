@@ -1,0 +1,51 @@
+"""Identical samples of a prompt: scored once, counted as often as they were drawn (method.md, section 5)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from esrl.types import Rollouts
+
+DuplicateRule = Literal["merge", "keep", "drop"]
+
+
+def handle_duplicates(rollouts: Rollouts, rule: DuplicateRule) -> tuple[Rollouts, Tensor]:
+    """Keep the first of each prompt's identical token sequences.
+
+    Returns:
+        The rows that are left, in order, and (R',) int64 how often each counts: the number of copies (``merge``) or 1
+        (``drop``, and ``keep``, which leaves everything as it is).
+    """
+    if rule == "keep":
+        return rollouts, torch.ones(rollouts.num_rows, dtype=torch.int64)
+    tokens = torch.where(rollouts.mask, rollouts.tokens, -1).cpu().numpy()
+    prompts = rollouts.prompt_index.tolist()
+    first: dict[tuple[int, bytes], int] = {}
+    counts: dict[int, int] = {}
+    for row, prompt in enumerate(prompts):
+        leader = first.setdefault((prompt, tokens[row].tobytes()), row)
+        counts[leader] = counts.get(leader, 0) + 1
+    kept = list(counts)
+    number = torch.tensor([counts[row] if rule == "merge" else 1 for row in kept], dtype=torch.int64)
+    return select_rows(rollouts, kept), number
+
+
+def select_rows(rollouts: Rollouts, rows: list[int]) -> Rollouts:
+    """The rollouts of some rows only."""
+    index = torch.tensor(rows, dtype=torch.int64, device=rollouts.tokens.device)
+    return replace(
+        rollouts,
+        prompt_index=rollouts.prompt_index[index.to(rollouts.prompt_index.device)],
+        sample_index=rollouts.sample_index[index.to(rollouts.sample_index.device)],
+        tokens=rollouts.tokens[index],
+        mask=rollouts.mask[index],
+        finished=rollouts.finished[index],
+        log_probs=rollouts.log_probs[index],
+        sampling_log_probs=rollouts.sampling_log_probs[index],
+        texts=tuple(rollouts.texts[row] for row in rows) if rollouts.texts else (),
+        records={name: values[index] for name, values in rollouts.records.items()},
+    )

@@ -1,0 +1,151 @@
+"""Log-probabilities of given tokens, and their gradient, without ever holding (N, V) logits at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+MAX_LOGITS = 1 << 22
+"""Logits held at a time (16 MB in float32): the positions of a chunk are this divided by V."""
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """The vocabulary projection: logits = hidden @ weight.T + bias.
+
+    ``bias`` (V,) is -inf at suppressed tokens, which so have probability 0 in both stages.
+    """
+
+    weight: Tensor  # (V, D)
+    bias: Tensor | None = None  # (V,)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(N, D) -> (N, V), in at least float32."""
+        logits = functional.linear(hidden, self.weight, self.bias)
+        return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+
+def token_log_probs(
+    hidden: Tensor,
+    targets: Tensor,
+    projection: Projection,
+    *,
+    temperature: Tensor | None = None,
+    max_logits: int = MAX_LOGITS,
+) -> Tensor:
+    """log p(target) at each position, chunk by chunk.
+
+    Args:
+        hidden: (N, D) states of the real tokens only.
+        targets: (N,) int64.
+        temperature: (N,) divides the logits; None means 1.
+
+    Returns:
+        (N,) log-probabilities, at least float32. Under autograd every chunk keeps its logits: take
+        ``weighted_log_prob_sum`` where memory matters.
+    """
+    parts = [
+        _log_probs(projection.logits(hidden[part]), targets[part], None if temperature is None else temperature[part])
+        for part in _chunks(len(targets), projection.weight.shape[0], max_logits)
+    ]
+    return torch.cat(parts) if parts else hidden.new_zeros(0)
+
+
+def weighted_log_prob_sum(
+    hidden: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    projection: Projection,
+    *,
+    temperature: Tensor | None = None,
+    max_logits: int = MAX_LOGITS,
+) -> Tensor:
+    """sum_n weights_n * log p(target_n), with the gradient of the projection taken on the way forward.
+
+    The weights are constants (method.md, section 4), so d/dlogits = weights * (onehot - softmax) is known as soon as a
+    chunk's logits are: they are used once and dropped. One chunk of logits exists at any time.
+
+    Args:
+        hidden: (N, D); targets: (N,) int64; weights: (N,); temperature: (N,) or None for 1.
+
+    Returns:
+        A scalar in the dtype of ``weights``; differentiable (once) in ``hidden`` and the projection. The gradient of a
+        half-precision projection is added up over the chunks in float32.
+    """
+    result: Tensor = _WeightedLogProbSum.apply(
+        hidden, projection.weight, projection.bias, targets, weights, temperature, max_logits
+    )
+    return result
+
+
+def _chunks(count: int, vocabulary: int, max_logits: int) -> Iterator[slice]:
+    size = max(1, max_logits // vocabulary)
+    return (slice(start, start + size) for start in range(0, count, size))
+
+
+def _log_probs(logits: Tensor, targets: Tensor, temperature: Tensor | None) -> Tensor:
+    if temperature is not None:
+        logits = logits / temperature[:, None].to(logits.dtype)
+    return -functional.cross_entropy(logits, targets, reduction="none")
+
+
+class _WeightedLogProbSum(torch.autograd.Function):
+    @staticmethod
+    def forward(  # noqa: PLR0913 - autograd.Function takes tensors one by one
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        weights: Tensor,
+        temperature: Tensor | None,
+        max_logits: int,
+    ) -> Tensor:
+        projection = Projection(weight, bias)
+        grad_hidden = torch.empty_like(hidden)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and ctx.needs_input_grad[2] else None
+        total = weights.new_zeros(())
+        for part in _chunks(len(targets), weight.shape[0], max_logits):
+            logits = projection.logits(hidden[part])
+            scale = None if temperature is None else temperature[part].to(logits.dtype)
+            if scale is not None:
+                logits /= scale[:, None]
+            chosen = targets[part, None]
+            log_norm = torch.logsumexp(logits, dim=1, keepdim=True)
+            picked = (logits.gather(1, chosen) - log_norm)[:, 0]
+            total += (weights[part] * picked).sum()
+            # c * (onehot - p), p in place of the logits
+            grad = logits.sub_(log_norm).exp_().mul_(-weights[part, None].to(logits.dtype))
+            grad.scatter_add_(1, chosen, weights[part, None].to(grad.dtype))
+            if scale is not None:
+                grad /= scale[:, None]
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+            if grad_weight is not None:
+                grad_weight.addmm_(grad.t().to(wide), hidden[part].to(wide))
+            grad = grad.to(hidden.dtype)
+            torch.mm(grad, weight.to(grad.dtype), out=grad_hidden[part])
+        ctx.dtype = weight.dtype
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        scale = grad_outputs[0]
+        grad_hidden, grad_weight, grad_bias = (
+            None if grad is None else grad * scale.to(grad.dtype) for grad in ctx.saved_tensors
+        )
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(ctx.dtype)
+        if grad_bias is not None:
+            grad_bias = grad_bias.to(ctx.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None

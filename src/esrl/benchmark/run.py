@@ -1,0 +1,103 @@
+"""``benchmark``: the sections that were asked for, measured one after the other."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from esrl.benchmark.stage_one import Row, installed, stage_one
+from esrl.benchmark.workloads import MODELS, Workload
+from esrl.training.run_folder import environment
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchmarkConfig:
+    """What to measure, and how often."""
+
+    only: tuple[str, ...] = ("stage-one",)
+    """Sections: stage-one."""
+    models: tuple[str, ...] = ("small", "base")
+    """Random models: small (8 M parameters, samples of 20 tokens on average) and base (50 M, 11 tokens)."""
+    samples: tuple[int, ...] = (20,)
+    """Samples per prompt, k; each is a workload of its own."""
+    repetitions: int = 3
+    """Timed runs of each contestant, after one to warm up."""
+    threads: int | None = None
+    """Threads of each contestant; as many as torch takes if unset: the physical cores, or OMP_NUM_THREADS."""
+    json: bool = False
+    """Print one JSON object on standard output; the table goes to standard error."""
+
+    def __post_init__(self) -> None:
+        _check_names("only", self.only, SECTIONS)
+        _check_names("models", self.models, MODELS)
+        if not self.samples:
+            raise ValueError("samples is empty; give at least one number of samples per prompt, such as 20.")
+        for name, values in (
+            ("samples", self.samples),
+            ("repetitions", (self.repetitions,)),
+            ("threads", () if self.threads is None else (self.threads,)),
+        ):
+            if wrong := [value for value in values if value < 1]:
+                raise ValueError(f"{name} is {wrong[0]}; it must be 1 or more.")
+
+
+def benchmark(config: BenchmarkConfig, progress: Progress | None = None) -> dict[str, Any]:
+    """Measure this package beside its peers, each contestant in a process of its own.
+
+    Args:
+        progress: is told what runs now, one line at a time.
+
+    Returns:
+        A list of rows per section ("stage_one"), "not_run" (contestants left out, each with its reason) and "machine".
+    """
+    threads = config.threads or torch.get_num_threads()
+    result: dict[str, Any] = {}
+    not_run: list[Row] = []
+    for name in dict.fromkeys(config.only):
+        rows, left_out = SECTIONS[name](config, threads, progress or (lambda _: None))
+        result[name.replace("-", "_")] = rows
+        not_run += left_out
+    return result | {"not_run": not_run, "machine": machine(threads)}
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """Hardware, versions and commit, and how busy the machine is."""
+    values = environment()
+    values["threads"] = threads
+    values["load"] = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    if installed("ctranslate2"):
+        values["packages"]["ctranslate2"] = metadata.version("ctranslate2")
+    return values
+
+
+def _stage_one(config: BenchmarkConfig, threads: int, progress: Progress) -> tuple[list[Row], list[Row]]:
+    workloads = [
+        Workload(name=name, model=MODELS[name], samples=samples)
+        for name in dict.fromkeys(config.models)
+        for samples in dict.fromkeys(config.samples)
+    ]
+    return stage_one(workloads, config.repetitions, threads, progress)
+
+
+SECTIONS: dict[str, Callable[[BenchmarkConfig, int, Progress], tuple[list[Row], list[Row]]]] = {
+    "stage-one": _stage_one,
+}
+
+
+def _check_names(field: str, names: tuple[str, ...], known: Iterable[str]) -> None:
+    known = list(known)
+    if not names:
+        raise ValueError(f"{field} is empty; give at least one of {', '.join(known)}.")
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0.5)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
+            raise ValueError(f"{field} holds {name!r}, which is not known. {hint}")

@@ -1,0 +1,148 @@
+"""The process of one contestant: it builds its model, then runs when told to, and never on its own.
+
+``python -m esrl.benchmark.worker`` reads requests from standard input and answers each on what was standard output,
+one JSON object a line: a job -> {"ready": ...}, {"run": turn} -> {"seconds", "lengths"}, {"memory": true} ->
+{"peak_memory_mb"}. A failure is answered with {"failed": ...} and ends the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from esrl.benchmark.contestants import CONTESTANTS, Contestant, Job
+
+TURN_SECONDS = 0.5
+"""A turn lasts at least this long."""
+
+_SEEDS_PER_TURN = 1_000_000
+_MB = 2**20
+
+
+class PeakMemory:
+    """Memory above the point where it was made, in megabytes (2 ** 20 bytes), as the operating system counts it.
+
+    On Linux the kernel's high-water mark is set back first. Elsewhere it cannot be, so a peak that the model's loading
+    has already reached counts as 0. On CUDA the device's memory counts: torch's allocator where torch allocates, what
+    is missing from the device where another library does.
+    """
+
+    def __init__(self, uses_torch: bool) -> None:
+        self.cuda = torch.cuda.is_available()
+        self.uses_torch = uses_torch
+        _release_free_memory()
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        self.resettable = _reset_high_water_mark()
+        self.rest = self._rest()
+
+    def peak(self) -> float:
+        """The highest so far, above the start."""
+        return max(0.0, (self._peak() - self.rest) / _MB)
+
+    def _rest(self) -> int:
+        if not self.cuda:
+            return _status("VmRSS") if self.resettable else _max_rss()
+        return torch.cuda.memory_allocated() if self.uses_torch else _used_on_device()
+
+    def _peak(self) -> int:
+        if not self.cuda:
+            return _status("VmHWM") if self.resettable else _max_rss()
+        return torch.cuda.max_memory_allocated() if self.uses_torch else _used_on_device()
+
+
+def serve(requests: Iterator[str], answers: Any) -> None:
+    """Answer requests until there are no more."""
+
+    def answer(value: dict[str, Any]) -> None:
+        answers.write(json.dumps(value) + "\n")
+        answers.flush()
+
+    job = Job(**json.loads(next(requests)))
+    contestant = CONTESTANTS[job.contestant](job)
+    # one short run first: the pages of the libraries' code and their thread pools are not the workload's memory
+    contestant.run(seed=0, num_prompts=1)
+    memory = PeakMemory(uses_torch=not job.contestant.startswith("ctranslate2"))
+    answer({"ready": True})
+    for line in requests:
+        request = json.loads(line)
+        answer({"peak_memory_mb": memory.peak()} if "memory" in request else _timed(contestant, request["run"]))
+
+
+def _timed(contestant: Contestant, turn: int) -> dict[str, Any]:
+    """Run once, and again while the turn is too short to be timed well."""
+    seconds, lengths = 0.0, []
+    for seed in itertools.count(turn * _SEEDS_PER_TURN):
+        start = time.perf_counter()
+        count = contestant.run(seed)
+        seconds += time.perf_counter() - start
+        lengths += count()
+        if seconds >= TURN_SECONDS:
+            break
+    return {"seconds": seconds, "lengths": lengths}
+
+
+def _release_free_memory() -> None:
+    """Give what the allocator has kept back to the system, where the C library can: glibc."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
+
+
+def _reset_high_water_mark() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _status(name: str) -> int:
+    """A line of the kernel's account of this process, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(f"/proc/self/status has no {name}")
+
+
+def _max_rss() -> int:
+    import resource  # POSIX only
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _used_on_device() -> int:
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def main() -> int:
+    """Whatever libraries print goes to standard error: standard output belongs to the answers."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        serve(iter(sys.stdin.readline, ""), answers)
+    except (ImportError, RuntimeError, ValueError, OSError, MemoryError) as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        answers.write(json.dumps({"failed": f"{type(error).__name__}: {message}"}) + "\n")
+        answers.flush()
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,267 @@
+"""The command line: one line for every failure, with its exit code; a traceback only with --debug."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+HELP = """\
+esrl: reinforcement learning for sequence generation that spends its samples where they count (AAAI 2024).
+
+  esrl demo                        the built-in task, start to report; needs no file and no network
+  esrl data NAME                   fetch a public data set (multi30k)
+  esrl mle CONFIG.toml             maximum likelihood, from scratch or from a model folder
+  esrl rl CONFIG.toml              reinforcement learning: ESRL, REINFORCE, MRT
+  esrl plan CONFIG.toml            how would the sampling budget be spent? no training
+  esrl evaluate MODEL              decode and score a test set, paired bootstrap, --json
+  esrl generate MODEL              lines in, lines out
+  esrl report RUN [RUN ...]        one HTML file from one or several runs
+  esrl benchmark                   stage one against its peers on this machine
+
+`esrl COMMAND --help` shows every setting. Settings come from the class defaults, then the TOML file, then flags:
+  esrl rl configs/multi30k-de-en/rl.toml --optimizer.learning-rate 5e-5
+`--debug` shows the traceback of a failure. Exit codes: 0 done, 2 bad input, 3 reward, 4 numerics, 5 memory, 6 storage,
+7 run folder in use, 130 and 143 interrupted and saved.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0
+    if words[0] in ("-V", "--version"):
+        from esrl import __version__
+
+        print(f"esrl {__version__}")
+        return 0
+    return _guarded(words[0], words[1:], debug)
+
+
+def _guarded(name: str, rest: list[str], debug: bool) -> int:
+    """Run a command; every expected failure becomes one line and its exit code."""
+    from esrl.errors import EsrlError, Interrupted
+
+    try:
+        if name not in COMMANDS:
+            return _fail(_unknown(name), 2)
+        _quiet()
+        return COMMANDS[name](rest)
+    except SystemExit as error:  # --help
+        return int(error.code or 0)
+    except Interrupted as error:
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read our output has seen enough
+        return 0
+    except (EsrlError, ValueError, MemoryError) as error:
+        if debug:
+            traceback.print_exc()
+        code = error.exit_code if isinstance(error, EsrlError) else 5 if isinstance(error, MemoryError) else 2
+        return _fail(" ".join(str(error).split()) or type(error).__name__, code)
+    except Exception as error:  # noqa: BLE001 - the outermost frame: what nobody foresaw is one line, too
+        if debug:
+            traceback.print_exc()
+        return _fail(f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where).", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"esrl: {message}", file=sys.stderr)
+    return code
+
+
+def _unknown(name: str) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
+    return f"unknown command {name!r}. " + (f"Did you mean {near[0]}?" if near else "`esrl --help` lists them.")
+
+
+def _quiet() -> None:
+    """Libraries' progress bars and chatter are not ours to show."""
+    import transformers
+    from transformers.utils import logging
+
+    warnings.formatwarning = lambda message, *_, **__: f"esrl: {message}\n"
+    logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+
+
+def _configured(cls: type[Any], name: str, rest: list[str], presets: dict[str, Any] | None = None) -> Any:
+    """Class defaults, then the method's preset, then the TOML file, then flags."""
+    import tyro
+
+    from esrl.config import build, locate, read_toml, settle, with_method
+
+    file, words = None, list(rest)
+    if words and not words[0].startswith("-"):
+        file = Path(words.pop(0))
+        if file.suffix != ".toml":
+            raise ValueError(f"{file}: the configuration must be a .toml file; see `esrl {name} --help`.")
+    values = {} if file is None else read_toml(file)
+    folder = None if file is None else file.resolve().parent
+    if presets is not None:
+        values = with_method(values, presets, _flag(words, "--method"))
+    if folder is not None:
+        values = locate(values, folder)
+    default = build(cls, values, str(file or "command line"), folder, missing=tyro.MISSING)
+    program = f"esrl {name}" + (f" {file}" if file else " [CONFIG.toml]")
+    flags = {word.split("=")[0] for word in words if word.startswith("--")}
+    return settle(_parse(cls, program, words, default), folder, flags)
+
+
+def _flags_only(cls: type[Any], name: str, rest: list[str]) -> Any:
+    return _parse(cls, f"esrl {name}", rest)
+
+
+def _parse(cls: type[Any], program: str, words: list[str], default: Any = None) -> Any:
+    """Flags to a configuration; what tyro says of a wrong one in a box becomes one line."""
+    import tyro
+
+    options = {} if default is None else {"default": default}
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return tyro.cli(cls, prog=program, args=words, config=(tyro.conf.AvoidSubcommands,), **options)
+    except SystemExit as error:
+        if not error.code:
+            raise
+    message, near = _unboxed(said.getvalue())
+    hint = f" Did you mean {near}?" if near else f" `{program.split(' [')[0]} --help` lists the flags."
+    raise ValueError(f"{message.rstrip('.')}.{hint}")
+
+
+def _unboxed(box: str) -> tuple[str, str | None]:
+    """tyro's message, and the flag it thinks was meant: parts between rules, after a title (in the frame, if any)."""
+    lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    parts: list[list[str]] = [[]]
+    for line in lines:
+        if re.fullmatch("[─-]{9,}", line):
+            parts.append([])
+        else:
+            parts[-1].append(line)
+    first = parts[0] if "╭" in box or len(parts) == 1 else parts[1]
+    near = re.search(r"Perhaps you meant: (--\S+)", " ".join(line for part in parts for line in part))
+    message = " ".join(first).strip()
+    if message.startswith("Missing from"):
+        message = ", ".join(line.split()[0] for line in first if line.startswith("--")) + " must be given"
+    return message, near[1] if near else None
+
+
+def _flag(words: Sequence[str], name: str) -> str | None:
+    for i, word in enumerate(words):
+        if word == name and i + 1 < len(words):
+            return words[i + 1]
+        if word.startswith(f"{name}="):
+            return word.split("=", 1)[1]
+    return None
+
+
+def _report_run(result: Any) -> int:
+    if result.already_complete:
+        print(f"already complete: {result.steps} steps, nothing to do. {result.model}")
+        return 0
+    gain = ""
+    if result.best_score is not None:
+        start = "" if result.start_score is None else f" (start {result.start_score:.2f})"
+        gain = f"; best development score {result.best_score:.2f} at step {result.best_step}{start}"
+    print(f"done: {result.steps} steps in {result.seconds:.0f} s{gain}\nmodel: {result.model}")
+    return 0
+
+
+def _mle(rest: list[str]) -> int:
+    from esrl import commands
+    from esrl.config import MLEConfig
+
+    return _report_run(commands.mle(_configured(MLEConfig, "mle", rest)))
+
+
+def _rl(rest: list[str]) -> int:
+    from esrl import commands
+    from esrl.config import METHODS, RLConfig
+
+    return _report_run(commands.rl(_configured(RLConfig, "rl", rest, METHODS)))
+
+
+def _plan(rest: list[str]) -> int:
+    from esrl.config import METHODS
+    from esrl.plan import PlanConfig, plan, show_plan
+
+    config = _configured(PlanConfig, "plan", rest, METHODS)
+    show_plan(plan(config), config.json)
+    return 0
+
+
+def _evaluate(rest: list[str]) -> int:
+    from esrl.apply import EvaluateConfig, evaluate, show_evaluation
+
+    config = _flags_only(EvaluateConfig, "evaluate", rest)
+    show_evaluation(evaluate(config), config)
+    return 0
+
+
+def _generate(rest: list[str]) -> int:
+    from esrl.apply import GenerateConfig, generate
+
+    generate(_flags_only(GenerateConfig, "generate", rest))
+    return 0
+
+
+def _report(rest: list[str]) -> int:
+    from esrl.report import write_report
+    from esrl.report.command import ReportConfig
+
+    config = _flags_only(ReportConfig, "report", rest)
+    output = config.output or config.runs[0] / "report.html"
+    print(write_report(config.runs, output))
+    return 0
+
+
+def _data(rest: list[str]) -> int:
+    from esrl.data.command import FetchConfig
+    from esrl.data.download import fetch
+
+    config = _flags_only(FetchConfig, "data", rest)
+    print(fetch(config.name, config.root, base_url=config.base_url))
+    return 0
+
+
+def _demo(rest: list[str]) -> int:
+    from esrl.demo import DemoConfig, demo, show_demo
+
+    show_demo(demo(_flags_only(DemoConfig, "demo", rest)))
+    return 0
+
+
+def _benchmark(rest: list[str]) -> int:
+    from esrl.benchmark import BenchmarkConfig, run_command
+
+    return run_command(_flags_only(BenchmarkConfig, "benchmark", rest))
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "demo": _demo,
+    "data": _data,
+    "mle": _mle,
+    "rl": _rl,
+    "plan": _plan,
+    "evaluate": _evaluate,
+    "generate": _generate,
+    "report": _report,
+    "benchmark": _benchmark,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Text in, examples with stable ids out."""

@@ -1,0 +1,199 @@
+"""The one way in: what data to use, and the examples it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+
+from esrl.data.examples import REFERENCE, SOURCE, Example, fixed_subset, number_examples
+from esrl.data.files import file_kind, read_lines
+from esrl.data.tables import Row, as_text, is_table_name, read_dataset_folder, read_hub, read_table, require_columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the examples are: either parallel text (``source``, ``reference``) or a table (``path``)."""
+
+    source: Path | None = None
+    """Parallel text, the inputs: UTF-8, a line each, plain or gzip."""
+    reference: Path | None = None
+    """Parallel text, the references: line n belongs to line n of `source`. None: there are no references."""
+    path: str | None = None
+    """A table: a .tsv, .jsonl (either .gz too) or .parquet file, a Hugging Face dataset folder, or a data set's name
+    on the Hub."""
+    split: str = "train"
+    """The split to take from a dataset folder or from the Hub."""
+    subset: str | None = None
+    """The configuration to take from a data set on the Hub, such as "de-en"."""
+    source_column: str = SOURCE
+    """The table's column of inputs; dots go into nested columns ("translation.de"). A number, from "0", counts the
+    columns of a TSV that has no header line."""
+    reference_column: str | None = REFERENCE
+    """The table's column of references, likewise. None: there are no references."""
+    limit: int | None = None
+    """Use so many examples (1 or more): those with the smallest ids, whatever the order of the file. None: all."""
+    root: Path | None = None
+    """The folder that relative paths start from. None: the current folder."""
+
+    def __post_init__(self) -> None:
+        if (self.source is None) == (self.path is None):
+            given = "neither" if self.path is None else "both"
+            raise ValueError(f"data: {given} of `source` and `path` given; name parallel text or a table, one of them.")
+        if self.source is None and self.reference is not None:
+            raise ValueError(
+                f"data: `reference` ({self.reference}) goes with `source`; a table has `reference_column`."
+            )
+        if self.path is not None and not self.path.strip():
+            raise ValueError("data: `path` is empty; name a file, a folder or a data set on the Hub.")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"data: limit is {self.limit}; it must be 1 or more, or left out for all examples.")
+        if not self.source_column or self.reference_column == "":
+            raise ValueError("data: a column name is empty; leave `reference_column` out (None) for no references.")
+        if self.source_column == self.reference_column:
+            raise ValueError(f'data: source and reference are the same column, "{self.source_column}".')
+        if len({name.isdecimal() for name in self.wanted_columns}) > 1:
+            raise ValueError(f"data: columns {self.wanted_columns} mix a number and a name; use two of a kind.")
+
+    @property
+    def wanted_columns(self) -> list[str]:
+        return [name for name in (self.source_column, self.reference_column) if name is not None]
+
+    def resolve(self, path: Path | str) -> Path:
+        """The path, a relative one from `root`."""
+        return Path(path) if self.root is None else self.root / path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataReport:
+    """What was read, and what became of it."""
+
+    origin: str
+    read: int
+    """Lines or rows, without a header."""
+    kept: int
+    skipped_empty: int
+    """Left out because the source or the reference (where there are references) is empty or blank."""
+    repeated: int
+    """Examples equal to an earlier one; they are kept, with ids of their own."""
+    beyond_limit: int
+    """Left out by ``limit``."""
+
+    def __str__(self) -> str:
+        parts = [f"{self.read:,} read"]
+        if self.skipped_empty:
+            parts.append(f"{self.skipped_empty:,} skipped (empty source or reference)")
+        if self.beyond_limit:
+            parts.append(f"{self.beyond_limit:,} left out (limit)")
+        parts.append(f"{self.kept:,} kept")
+        if self.repeated:
+            parts.append(f"{self.repeated:,} of all repeat an earlier one")
+        return f"{self.origin}: {', '.join(parts)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedData:
+    """Examples in the order of the file, and the report."""
+
+    examples: tuple[Example, ...]
+    report: DataReport
+
+
+def load_examples(config: DataConfig) -> LoadedData:
+    """Read everything and check it.
+
+    The source column becomes ``"source"`` and the reference column ``"reference"``; every further column is kept by
+    its name (under ``"original_source"``, say, when it is called like one of these two), as text: what is not a
+    string is written as JSON, and a missing value is empty. Texts are not changed in any other way. A record whose
+    source or reference is empty or blank is skipped and counted.
+
+    Raises:
+        ValueError: ``path:line``, what is wrong there and what to do; nothing usable at all.
+    """
+    origin, rows = _open_rows(config)
+    read = 0
+    records: list[dict[str, str]] = []
+    for where, row in rows:
+        read += 1
+        columns = None if row is None else _columns(row, config, where)
+        if columns is not None and all(columns[name].strip() for name in (SOURCE, REFERENCE) if name in columns):
+            records.append(columns)
+    if not records:
+        raise ValueError(
+            f"{origin}: no usable example among {read:,} read; each needs text in its source, and in its reference "
+            "where there are references."
+        )
+    _fill_missing(records)
+    examples = tuple(number_examples(records))
+    repeated = sum(not example.id.endswith("-0") for example in examples)
+    chosen = examples if config.limit is None else fixed_subset(examples, config.limit)
+    report = DataReport(
+        origin=origin,
+        read=read,
+        kept=len(chosen),
+        skipped_empty=read - len(examples),
+        repeated=repeated,
+        beyond_limit=len(examples) - len(chosen),
+    )
+    return LoadedData(examples=chosen, report=report)
+
+
+def _open_rows(config: DataConfig) -> tuple[str, Iterator[Row]]:
+    if config.source is not None:
+        return str(config.resolve(config.source)), _parallel_rows(config)
+    assert config.path is not None
+    path = config.resolve(config.path)
+    kind = file_kind(path)
+    if kind == "directory":
+        return str(path), read_dataset_folder(path, config.split, config.wanted_columns)
+    looks_local = is_table_name(config.path) or config.path[0] in "./~" or config.path.count("/") > 1
+    if kind != "missing" or looks_local:
+        return str(path), read_table(path, config.wanted_columns)
+    return config.path, read_hub(config.path, config.subset, config.split)
+
+
+def _parallel_rows(config: DataConfig) -> Iterator[Row]:
+    assert config.source is not None
+    source = config.resolve(config.source)
+    if config.reference is None:
+        for number, text in read_lines(source):
+            yield f"{source}:{number}", {SOURCE: text}
+        return
+    reference = config.resolve(config.reference)
+    counts = [0, 0]
+    for left, right in zip_longest(read_lines(source), read_lines(reference)):
+        counts = [counts[0] + (left is not None), counts[1] + (right is not None)]
+        if left is not None and right is not None:
+            yield f"{source}:{left[0]}", {SOURCE: left[1], REFERENCE: right[1]}
+    if counts[0] != counts[1]:
+        shorter = source if counts[0] < counts[1] else reference
+        raise ValueError(
+            f"{shorter}:{min(counts)}: the file ends here, but line n of one file must translate line n of the other: "
+            f"{source} has {counts[0]:,} lines, {reference} has {counts[1]:,}. Find the missing or extra line."
+        )
+
+
+def _columns(row: dict[str, object], config: DataConfig, where: str) -> dict[str, str]:
+    """The row's columns under their names here, as text."""
+    if config.path is None:
+        return {name: as_text(value, name, where, exact=True) for name, value in row.items()}
+    require_columns(config.wanted_columns, row, where)
+    columns = {
+        name: as_text(row[wanted], wanted, where, exact=True)
+        for name, wanted in zip((SOURCE, REFERENCE), config.wanted_columns, strict=False)
+    }
+    for name, value in row.items():
+        if name not in config.wanted_columns:
+            kept_as = f"original_{name}" if name in (SOURCE, REFERENCE) else name
+            columns[kept_as] = as_text(value, name, where, exact=False)
+    return columns
+
+
+def _fill_missing(records: list[dict[str, str]]) -> None:
+    """Give every record every column, empty where it had none, so that a column is one string per example."""
+    names = list(dict.fromkeys(name for record in records for name in record))
+    for record in records:
+        if len(record) != len(names):
+            for name in names:
+                record.setdefault(name, "")

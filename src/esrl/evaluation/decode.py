@@ -1,0 +1,79 @@
+"""Decoding a test or development set: greedy with our engine, beam search with Hugging Face's ``generate``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from esrl.data.batching import make_prompts
+from esrl.data.examples import Example
+from esrl.evaluation.scores import Metric
+from esrl.models.seq2seq import MarianPolicy
+from esrl.sampling.engine import EngineSampler, SamplingConfig
+from esrl.sampling.generate import generate_texts
+from esrl.types import SamplingPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodingConfig:
+    """How texts are decoded for evaluation."""
+
+    beam_size: int = 1
+    """1 is greedy, by our engine; more is beam search, by Hugging Face's `generate`."""
+    length_penalty: float = 1.0
+    """Exponent of the length in beam search; greedy decoding has none."""
+    max_new_tokens: int = 128
+    """Longest output in tokens."""
+    max_source_tokens: int = 256
+    """Longer sources are cut, counted and reported."""
+    batch_size: int = 128
+    """Sources decoded at a time."""
+
+    def __post_init__(self) -> None:
+        for name in ("beam_size", "max_new_tokens", "max_source_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+
+
+def decode(
+    policy: MarianPolicy,
+    examples: Sequence[Example],
+    config: DecodingConfig,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """The model's output for each example, in order; sources are batched by length."""
+    was_training = policy.model.training
+    policy.model.eval()
+    texts = [""] * len(examples)
+    lengths = [len(example.columns["source"]) for example in examples]
+    order = sorted(range(len(examples)), key=lambda i: lengths[i])
+    limit = min(config.max_source_tokens, policy.max_length)
+    sampler = EngineSampler(policy, SamplingConfig(max_new_tokens=min(config.max_new_tokens, policy.max_length)), 0)
+    with torch.no_grad():
+        for start in range(0, len(order), config.batch_size):
+            part = order[start : start + config.batch_size]
+            prompts = make_prompts([examples[i] for i in part], policy.tokenizer, limit)
+            if config.beam_size == 1:
+                outputs = list(sampler.sample(prompts, SamplingPlan.greedy(len(part))).texts)
+            else:
+                outputs = generate_texts(
+                    policy, prompts, config.max_new_tokens, config.beam_size, config.length_penalty
+                )
+            for i, text in zip(part, outputs, strict=True):
+                texts[i] = text
+            if progress is not None:
+                progress(len(part))
+    policy.model.train(was_training)
+    return texts
+
+
+def corpus_scores(metrics: Sequence[Metric], texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Corpus scores alone, 0 to 100, by metric name."""
+    scores = {}
+    for metric in metrics:
+        rows = [metric.statistics(text, reference) for text, reference in zip(texts, references, strict=True)]
+        scores[metric.name] = float(metric.corpus_score(np.asarray(rows, dtype=np.float64).sum(0)))
+    return scores

@@ -1,0 +1,85 @@
+"""What sampling and training need from a model family (design: one path for all families)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from esrl.algorithm.log_probs import Projection
+from esrl.types import Prompts
+
+
+@dataclass(frozen=True, slots=True)
+class PromptState:
+    """What the decoder reads of a batch of prompts: keys and values, one pair per layer.
+
+    It is shared by all samples of a prompt, in stage one and in stage two, and it is where the backward pass is cut:
+    the samples' gradients add up here, then go back through the encoder once.
+    """
+
+    keys: tuple[Tensor, ...]  # L tensors (P, heads, S, head width)
+    values: tuple[Tensor, ...]
+    mask: Tensor  # (P, S) bool
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.keys + self.values
+
+    def with_tensors(self, tensors: tuple[Tensor, ...]) -> PromptState:
+        half = len(tensors) // 2
+        return PromptState(tensors[:half], tensors[half:], self.mask)
+
+    def select(self, index: Tensor) -> PromptState:
+        """The state of some prompts."""
+        return PromptState(
+            tuple(key[index] for key in self.keys), tuple(value[index] for value in self.values), self.mask[index]
+        )
+
+
+class Decoder(Protocol):
+    """Stage one's view: rows decoded a token at a time, without a graph."""
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """(R,) last tokens -> (R, D) states for the next ones; the cache grows by one position."""
+        ...
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these (int64, rising) from the batch and the cache."""
+        ...
+
+
+class Policy(Protocol):
+    """A model family."""
+
+    model: nn.Module
+    tokenizer: Any
+    start_token: int
+    eos_tokens: tuple[int, ...]
+    max_length: int
+    vocabulary: int
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def encode(self, prompts: Prompts) -> PromptState:
+        """Run the prompts once; with a graph when gradients are enabled."""
+        ...
+
+    def decoder(self, state: PromptState, prompt_index: Tensor) -> Decoder:
+        """Start decoding R rows; ``prompt_index`` (R,) never falls."""
+        ...
+
+    def hidden_states(self, state: PromptState, prompt_index: Tensor, inputs: Tensor) -> Tensor:
+        """One parallel forward: decoder inputs (R, T), start token first -> (R, T, D)."""
+        ...
+
+    def projection(self) -> Projection:
+        """The vocabulary projection, suppressed tokens at -inf."""
+        ...
+
+    def set_dropout(self, rate: float) -> None:
+        """0 turns all dropout off, layer dropout included."""
+        ...

@@ -1,0 +1,270 @@
+"""The vanilla Transformer of Marian type: Hugging Face's weights and encoder, our decoder.
+
+The decoder's mathematics (post-norm layers, sinusoidal positions, Vaswani et al. 2017) is written out here once, for
+a whole sequence (stage two) and for one token with a cache (stage one). The tests hold both against Hugging Face's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoConfig, AutoTokenizer, MarianConfig, MarianMTModel
+
+from esrl.algorithm.log_probs import Projection
+from esrl.models.cached_decoder import CachedDecoder
+from esrl.models.policy import PromptState
+from esrl.types import Prompts
+
+SUPPORTED = ("marian",)
+
+
+class MarianPolicy:
+    """A ``MarianMTModel`` and its tokenizer as a policy."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model: Any = model
+        self.tokenizer = tokenizer
+        config, generation = model.config, model.generation_config
+        self.start_token = int(_first_set(generation.decoder_start_token_id, config.decoder_start_token_id))
+        eos = _first_set(generation.eos_token_id, config.eos_token_id)
+        self.eos_tokens: tuple[int, ...] = tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
+        self.max_length = int(config.max_position_embeddings)
+        self.vocabulary = int(model.lm_head.weight.shape[0])
+        # a Marian policy never says PAD (its generation config forbids it); several-token bad words are evaluation's,
+        # and EOS can always be said, whatever the list holds: both as in `generate`
+        bad_words = generation.bad_words_ids or []
+        suppressed = {config.pad_token_id} | {words[0] for words in bad_words if len(words) == 1}
+        self.suppressed = sorted(suppressed - set(self.eos_tokens))
+        for side in (model.get_encoder(), model.model.decoder):
+            # fixed sinusoids, though Hugging Face makes them parameters
+            side.embed_positions.weight.requires_grad_(False)
+        self.set_dropout(0.0)
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.model.lm_head.weight.device
+        return device
+
+    @property
+    def pad_token(self) -> int:
+        return int(self.model.config.pad_token_id)
+
+    def encode(self, prompts: Prompts) -> PromptState:
+        """Encode each prompt once; keys and values of all cross-attentions are computed here and shared."""
+        mask = prompts.mask.to(self.device)
+        encoder = self.model.get_encoder()
+        states = encoder(input_ids=prompts.input_ids.to(self.device), attention_mask=mask).last_hidden_state
+        attentions = [layer.encoder_attn for layer in self._layers]
+        return PromptState(
+            keys=tuple(split_heads(attention.k_proj(states), attention.num_heads) for attention in attentions),
+            values=tuple(split_heads(attention.v_proj(states), attention.num_heads) for attention in attentions),
+            mask=mask,
+        )
+
+    def decoder(self, state: PromptState, prompt_index: Tensor) -> CachedDecoder:
+        return CachedDecoder(self.model.model.decoder, state, prompt_index)
+
+    def hidden_states(self, state: PromptState, prompt_index: Tensor, inputs: Tensor) -> Tensor:
+        decoder, index = self.model.model.decoder, prompt_index.to(self.device)
+        positions = decoder.embed_positions.weight[: inputs.shape[1]]
+        hidden = decoder.embed_tokens(inputs) * decoder.embed_scale + positions
+        hidden = self._drop(hidden, decoder.dropout)
+        source_mask = None if bool(state.mask.all()) else state.mask[index][:, None, None, :]
+        for i, layer in enumerate(self._layers):
+            attention = layer.self_attn
+            query, key, value = (
+                split_heads(project(hidden), attention.num_heads)
+                for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            mixed = functional.scaled_dot_product_attention(
+                query, key, value, is_causal=True, dropout_p=self._rate(attention.dropout)
+            )
+            hidden = self._add(layer, hidden, attention.out_proj(merge_heads(mixed)), layer.self_attn_layer_norm)
+            attention = layer.encoder_attn
+            mixed = functional.scaled_dot_product_attention(
+                split_heads(attention.q_proj(hidden), attention.num_heads),
+                state.keys[i].index_select(0, index),
+                state.values[i].index_select(0, index),
+                attn_mask=source_mask,
+                dropout_p=self._rate(attention.dropout),
+            )
+            hidden = self._add(layer, hidden, attention.out_proj(merge_heads(mixed)), layer.encoder_attn_layer_norm)
+            inner = self._drop(layer.activation_fn(layer.fc1(hidden)), layer.activation_dropout)
+            hidden = self._add(layer, hidden, layer.fc2(inner), layer.final_layer_norm)
+        return hidden
+
+    def projection(self) -> Projection:
+        bias = self.model.final_logits_bias[0].clone()
+        bias[self.suppressed] = -torch.inf
+        return Projection(self.model.lm_head.weight, bias)
+
+    def set_dropout(self, rate: float) -> None:
+        for module in self.model.modules():
+            if isinstance(getattr(module, "dropout", None), float | int):
+                module.dropout = 0.0 if hasattr(module, "q_proj") else rate  # none on attention weights
+            if hasattr(module, "layerdrop"):
+                module.layerdrop = 0.0
+        self.model.train(rate > 0)
+
+    def save(self, folder: Path) -> None:
+        """Write a folder that ``from_pretrained`` loads."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    @property
+    def _layers(self) -> Any:
+        return self.model.model.decoder.layers
+
+    def _rate(self, rate: float) -> float:
+        return rate if self.model.training else 0.0
+
+    def _drop(self, hidden: Tensor, rate: float) -> Tensor:
+        return functional.dropout(hidden, rate) if self.model.training and rate else hidden
+
+    def _add(self, layer: Any, residual: Tensor, update: Tensor, norm: nn.Module) -> Tensor:
+        result: Tensor = norm(residual + self._drop(update, layer.dropout))
+        return result
+
+
+def split_heads(states: Tensor, heads: int) -> Tensor:
+    """(R, T, D) -> (R, heads, T, head width)."""
+    return states.view(*states.shape[:2], heads, -1).transpose(1, 2)
+
+
+def merge_heads(states: Tensor) -> Tensor:
+    """(R, heads, T, head width) -> (R, T, D)."""
+    return states.transpose(1, 2).flatten(2)
+
+
+def load_policy(path: str | Path, dtype: torch.dtype = torch.float32) -> MarianPolicy:
+    """Load a Marian-type folder (or hub name) with its tokenizer; safetensors only, no code from the folder.
+
+    Raises:
+        ValueError: no such folder, another architecture, weights that are not safetensors, damaged or do not fill the
+            architecture, or no tokenizer that fits.
+    """
+    folder = Path(path)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise ValueError(f"{path}: no config.json here; give a model folder as save_pretrained writes it.")
+    if not folder.exists() and str(path).count("/") != 1:
+        raise ValueError(f"{path}: no such folder. Give the folder of a Marian-type model, or a hub name owner/name.")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, "configuration", error) from error
+    if config.model_type not in SUPPORTED:
+        raise ValueError(
+            f"{path}: model_type is {config.model_type!r}; supported here: {', '.join(SUPPORTED)}. "
+            "Other families are refused rather than trained wrongly."
+        )
+    model = _load_weights(path, dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _unreadable(path, "tokenizer", error) from error
+    _check_vocabulary(path, model, tokenizer)
+    return MarianPolicy(model, tokenizer)
+
+
+def _load_weights(path: str | Path, dtype: torch.dtype) -> Any:
+    try:
+        model, report = MarianMTModel.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, "safetensors weights", error) from error
+    # where config and weights disagree, Hugging Face would go on with random weights, or without a layer
+    wrong = {str(key) for key in report["missing_keys"]} | {str(key[0]) for key in report["mismatched_keys"]}
+    wrong |= {str(key) for key in report["unexpected_keys"] if ".layers." in str(key)}
+    if wrong:
+        raise ValueError(
+            f"{path}: config.json and the weights do not belong together: {len(wrong)} tensors are missing, left over "
+            f"or of another size, the first is {min(wrong)}. Take both from the same save_pretrained."
+        )
+    return model
+
+
+def _unreadable(path: str | Path, what: str, error: Exception) -> ValueError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return ValueError(
+        f"{path}: no readable {what} ({reason}). Give a Marian-type model as save_pretrained writes it: config.json, "
+        "model.safetensors and the tokenizer's files."
+    )
+
+
+def _check_vocabulary(path: str | Path, model: Any, tokenizer: Any) -> None:
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"{path}: the tokenizer has {len(tokenizer)} pieces, the model's vocabulary {model.config.vocab_size}; "
+            "they do not belong together."
+        )
+
+
+def _first_set(*values: Any) -> Any:
+    for value in values:
+        if value is not None:
+            return value
+    raise ValueError("the model's configuration names no end-of-sequence or decoder start token.")
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """The sizes of a vanilla Transformer (Vaswani et al. 2017, table 3)."""
+
+    width: int
+    layers: int  # in the encoder, and again in the decoder
+    heads: int
+    inner_width: int
+
+
+PRESETS = {
+    "tiny": Preset(width=256, layers=3, heads=4, inner_width=512),
+    "small": Preset(width=256, layers=3, heads=4, inner_width=1024),
+    "iwslt": Preset(width=512, layers=6, heads=4, inner_width=1024),
+    "base": Preset(width=512, layers=6, heads=8, inner_width=2048),
+    "demo": Preset(width=128, layers=2, heads=4, inner_width=256),
+}
+
+
+def new_policy(preset: Preset, tokenizer: Any, max_length: int, seed: int) -> MarianPolicy:
+    """A randomly initialised model: tied embeddings, ReLU, post-norm; the same weights for the same seed.
+
+    Embeddings start with a spread of width ** -0.5 and matrices after Glorot and Bengio (2010), as fairseq does it:
+    with Hugging Face's 0.02 throughout, the post-norm Transformer learns markedly slower.
+    """
+    config = MarianConfig(
+        vocab_size=len(tokenizer),
+        d_model=preset.width,
+        encoder_layers=preset.layers,
+        decoder_layers=preset.layers,
+        encoder_attention_heads=preset.heads,
+        decoder_attention_heads=preset.heads,
+        encoder_ffn_dim=preset.inner_width,
+        decoder_ffn_dim=preset.inner_width,
+        activation_function="relu",
+        scale_embedding=True,
+        max_position_embeddings=max_length,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id,
+        forced_eos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = MarianMTModel(config)
+        for name, parameter in model.named_parameters():
+            if "embed_positions" in name:
+                continue
+            if "embed_tokens" in name or "shared" in name:
+                nn.init.normal_(parameter, std=preset.width**-0.5)
+            elif parameter.dim() == 2:
+                nn.init.xavier_uniform_(parameter)
+    model.generation_config.max_length = max_length
+    model.generation_config.bad_words_ids = [[tokenizer.pad_token_id]]
+    return MarianPolicy(model, tokenizer)

@@ -1,0 +1,23 @@
+"""The settings of `esrl report`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportConfig:
+    """`esrl report`: one self-contained HTML file from one or several runs."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Run folders."""
+    output: Path | None = None
+    """The file to write; unset: report.html in the first run's folder."""
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ValueError("no run given; name one run folder or several: esrl report runs/NAME.")

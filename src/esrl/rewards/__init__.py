@@ -1,0 +1,1 @@
+"""Text metrics as rewards, and the contract with reward functions of any origin."""

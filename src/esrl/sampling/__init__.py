@@ -1,0 +1,1 @@
+"""Stage one: sampling without a graph."""

@@ -1,0 +1,1 @@
+"""The loop, its tasks and its checkpoints."""

@@ -1,0 +1,239 @@
+"""Stage two: the gradient of any objective at constant memory (method.md, section 4).
+
+An objective L is a function of the log-probabilities l of all tokens of all samples, so dL/dtheta = sum c * dl/dtheta
+with c = dL/dl. The coefficients c couple the samples of a prompt; once they are known, nothing else does, and the
+rows run through the model in micro-batches of any size. The prompts are encoded once with a graph that is cut at the
+decoder's view of them (``PromptState``): the micro-batches add up their gradient there, one way back goes through the
+encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from esrl.algorithm.log_probs import MAX_LOGITS, token_log_probs, weighted_log_prob_sum
+from esrl.algorithm.streams import seed_of
+from esrl.errors import OutOfMemoryError
+from esrl.models.policy import Policy, PromptState
+from esrl.types import Prompts, Rollouts
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradientConfig:
+    """Stage two's memory; none of it changes the gradient beyond rounding."""
+
+    kind: Literal["two_stage", "graph"] = "two_stage"
+    """`two_stage` (paper) or `graph`: the conventional step that keeps the graph of sampling, for small models (the
+    ablation without two stages)."""
+    micro_batch_tokens: int = 4096
+    """Target tokens, padding included, in one micro-batch; halved when memory runs out."""
+    max_prompt_tokens: int = 16384
+    """Source tokens, padding included, whose encoder graph is held at a time."""
+    max_logits: int = MAX_LOGITS
+    """Logits computed at a time."""
+    dropout: float = 0.0
+    """Dropout in both stages of scoring; 0 also turns layer dropout off."""
+    rescore: bool | None = None
+    """Compute l anew in stage two instead of reusing stage one's; unset means: where dropout or half precision make
+    them differ."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("two_stage", "graph"):
+            raise ValueError(f'gradient kind is {self.kind!r}; choose "two_stage" or "graph".')
+        for name in ("micro_batch_tokens", "max_prompt_tokens", "max_logits"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it must lie in [0, 1).")
+        if self.kind == "graph" and self.dropout:
+            raise ValueError('dropout needs kind = "two_stage": the conventional step scores what it samples.')
+
+
+class StageTwo:
+    """Scores complete samples and back-propagates coefficients.
+
+    ``config.micro_batch_tokens`` may have been halved by a lack of memory; the smaller size is kept.
+    """
+
+    def __init__(self, policy: Policy, config: GradientConfig) -> None:
+        self.policy = policy
+        self.config = config
+
+    @property
+    def rescores(self) -> bool:
+        """Whether l must be computed anew: stage one's serves where its numerics agree (method.md, section 4)."""
+        if self.config.rescore is not None:
+            return self.config.rescore
+        parameter = next(iter(self.policy.model.parameters()))
+        return bool(self.config.dropout) or parameter.dtype in (torch.bfloat16, torch.float16)
+
+    def shrink(self, micro_batch_tokens: int) -> None:
+        """Go on with the micro-batch that an earlier part of the run had to take."""
+        if micro_batch_tokens < self.config.micro_batch_tokens:
+            self.config = replace(self.config, micro_batch_tokens=micro_batch_tokens)
+
+    def log_probs(self, prompts: Prompts, rollouts: Rollouts, temperature: Tensor | None, seed: int) -> Tensor:
+        """(R, T) log-probabilities of the samples, without a graph; 0 outside the mask."""
+        return self._retry(lambda: self._log_probs(prompts, rollouts, temperature, seed))
+
+    def backward(
+        self, prompts: Prompts, rollouts: Rollouts, coefficients: Tensor, temperature: Tensor | None, seed: int
+    ) -> None:
+        """Add sum c * dl/dtheta to the parameters' ``grad``; rows whose coefficients are all 0 cost nothing.
+
+        Args:
+            coefficients: (R, T) c = dL/dl.
+            temperature: (R,) of the scores, None for 1.
+            seed: of dropout; the same seed as in ``log_probs`` replays it.
+        """
+        parameters = [p for p in self.policy.model.parameters() if p.requires_grad]
+        before = [None if p.grad is None else p.grad.clone() for p in parameters]
+
+        def attempt() -> None:
+            for parameter, gradient in zip(parameters, before, strict=True):
+                parameter.grad = None if gradient is None else gradient.clone()
+            self._backward(prompts, rollouts, coefficients, temperature, seed)
+
+        self._retry(attempt)
+
+    def _log_probs(self, prompts: Prompts, rollouts: Rollouts, temperature: Tensor | None, seed: int) -> Tensor:
+        result = torch.zeros_like(rollouts.log_probs)
+        everything = torch.ones(rollouts.num_rows, dtype=torch.bool)
+        with torch.no_grad():
+            for part in self._parts(prompts, rollouts, everything, seed):
+                for batch in part.batches:
+                    hidden = self._hidden(part, part.state, batch)
+                    values = token_log_probs(
+                        hidden[batch.mask],
+                        batch.targets,
+                        self.policy.projection(),
+                        temperature=batch.per_token(temperature),
+                        max_logits=self.config.max_logits,
+                    )
+                    block = result.new_zeros(batch.mask.shape)
+                    block[batch.mask] = values.to(result.dtype)
+                    result[batch.rows, : batch.mask.shape[1]] = block
+        return result
+
+    def _backward(
+        self, prompts: Prompts, rollouts: Rollouts, coefficients: Tensor, temperature: Tensor | None, seed: int
+    ) -> None:
+        # dropout replays a micro-batch's random state, so both passes must then see the same micro-batches
+        useful = (coefficients != 0).any(1).cpu() | bool(self.config.dropout)
+        for part in self._parts(prompts, rollouts, useful, seed):
+            leaves = tuple(tensor.detach().requires_grad_(tensor.requires_grad) for tensor in part.state.tensors)
+            cut = part.state.with_tensors(leaves)
+            for batch in part.batches:
+                hidden = self._hidden(part, cut, batch)
+                weights = coefficients[batch.rows, : batch.mask.shape[1]].to(self.policy.device)[batch.mask]
+                weighted_log_prob_sum(
+                    hidden[batch.mask],
+                    batch.targets,
+                    weights,
+                    self.policy.projection(),
+                    temperature=batch.per_token(temperature),
+                    max_logits=self.config.max_logits,
+                ).backward()
+            reached = [i for i, leaf in enumerate(leaves) if leaf.grad is not None]
+            if reached:
+                torch.autograd.backward([part.state.tensors[i] for i in reached], [leaves[i].grad for i in reached])
+
+    def _hidden(self, part: _Part, state: PromptState, batch: _MicroBatch) -> Tensor:
+        if self.config.dropout:
+            torch.manual_seed(seed_of("micro-batch", part.seed, batch.number))
+        return self.policy.hidden_states(state, batch.prompt_index, batch.inputs)
+
+    def _parts(self, prompts: Prompts, rollouts: Rollouts, rows: Tensor, seed: int) -> Iterator[_Part]:
+        """Encode the prompts part by part, each with the micro-batches of its rows."""
+        selected = rows.nonzero()[:, 0]
+        owner = rollouts.prompt_index[selected]
+        used = torch.unique_consecutive(owner)
+        size = max(1, self.config.max_prompt_tokens // max(1, prompts.mask.shape[1]))
+        for number, start in enumerate(range(0, len(used), size)):
+            members = used[start : start + size]
+            if self.config.dropout:
+                torch.manual_seed(seed_of("encoder", seed, number))
+            state = self.policy.encode(prompts.select(members.tolist()))
+            mine = selected[(owner >= members[0]) & (owner <= members[-1])]
+            batches = self._micro_batches(rollouts, mine, members)
+            yield _Part(state, batches, seed_of(seed, number))
+
+    def _micro_batches(self, rollouts: Rollouts, rows: Tensor, members: Tensor) -> Iterator[_MicroBatch]:
+        """Rows sorted by length, packed until rows * longest reaches the limit."""
+        lengths = rollouts.lengths.cpu()[rows]
+        order = torch.argsort(lengths, descending=True, stable=True)
+        rows, lengths = rows[order], lengths[order]
+        start, number = 0, 0
+        while start < len(rows):
+            width = int(lengths[start])
+            end = start + max(1, self.config.micro_batch_tokens // max(1, width))
+            yield self._micro_batch(rollouts, rows[start:end], width, members, number)
+            start, number = end, number + 1
+
+    def _micro_batch(self, rollouts: Rollouts, rows: Tensor, width: int, members: Tensor, number: int) -> _MicroBatch:
+        device = self.policy.device
+        tokens = rollouts.tokens[rows, :width].to(device)
+        mask = rollouts.mask[rows, :width].to(device)
+        start = torch.full_like(tokens[:, :1], self.policy.start_token)
+        return _MicroBatch(
+            number=number,
+            rows=rows,
+            prompt_index=torch.searchsorted(members, rollouts.prompt_index[rows]).to(device),
+            inputs=torch.cat([start, tokens[:, :-1]], 1),
+            mask=mask,
+            targets=tokens[mask],
+        )
+
+    def _retry(self, work: Callable[[], Result]) -> Result:
+        """Run stage two; when memory runs out, halve the micro-batch and begin stage two again."""
+        while True:
+            try:
+                return work()
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                smaller = self.config.micro_batch_tokens // 2
+                if smaller < 1:
+                    raise OutOfMemoryError(
+                        "out of memory with one sample per micro-batch; take a smaller model, shorter samples "
+                        "(sampling.max_new_tokens) or fewer source tokens (gradient.max_prompt_tokens)."
+                    ) from error
+                self.config = replace(self.config, micro_batch_tokens=smaller)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return "not enough memory" in str(error) or "can't allocate memory" in str(error)
+
+
+@dataclass(frozen=True, slots=True)
+class _MicroBatch:
+    number: int
+    rows: Tensor  # (r,) into the rollouts
+    prompt_index: Tensor  # (r,) into the part's prompts
+    inputs: Tensor  # (r, t)
+    mask: Tensor  # (r, t)
+    targets: Tensor  # (n,) real tokens
+
+    def per_token(self, values: Tensor | None) -> Tensor | None:
+        """(R,) -> (n,): a row's value for each of its tokens."""
+        if values is None:
+            return None
+        return values[self.rows].to(self.mask.device)[:, None].expand(self.mask.shape)[self.mask]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    state: PromptState
+    batches: Iterator[_MicroBatch]
+    seed: int

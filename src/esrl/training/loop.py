@@ -1,0 +1,393 @@
+"""The only training loop: maximum likelihood and reinforcement learning run in it.
+
+A step is computed without side effects, then committed in one critical section (optimizer, task state, log line), so
+whatever interrupts a run finds it between two steps. Random numbers come from named streams, not from a generator
+whose state would have to be kept: a resumed run repeats the interrupted one to the bit.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from esrl.algorithm.streams import seed_of
+from esrl.errors import EsrlError, Interrupted, NumericsError, StorageError
+from esrl.training.checkpoint import Checkpoint, pack_json, pack_tensors, unpack_json, unpack_tensors
+from esrl.training.display import Display
+from esrl.training.interrupts import Interrupts
+from esrl.training.memory import peak_memory_mb, reset_peak_memory
+from esrl.training.optimization import Optimizer, OptimizerConfig, learning_rate
+from esrl.training.processes import Processes
+from esrl.training.run_folder import RunFolder, read_folder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopConfig:
+    """How long to train and how often to look, save and log."""
+
+    max_steps: int | None = None
+    """Optimizer steps; unset: as many as `num_epochs` has."""
+    num_epochs: int | None = None
+    """Passes over the training data; the run ends at whichever of the limits comes first."""
+    max_seconds: float | None = None
+    """Training time, evaluation and saving not counted; the step that passes it is the last."""
+    eval_steps: int | None = None
+    """Evaluate on the development set every so many steps; unset: at the end of each epoch."""
+    eval_on_start: bool = True
+    """Evaluate before the first step, so that the best model can be the one training started from."""
+    metric_for_best_model: str = "dev_bleu"
+    """The evaluation value by which `model/` is chosen; higher is better."""
+    patience: int | None = None
+    """Stop after so many evaluations in a row without a better one."""
+    save_steps: int = 50
+    """Save every so many steps."""
+    save_seconds: float = 300.0
+    """Save also when the last checkpoint is older than this; it changes nothing but what a kill can cost."""
+    save_total_limit: int | None = 2
+    """Checkpoints kept."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "num_epochs", "max_seconds", "eval_steps", "patience", "save_steps"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}; it must be above 0 and finite.")
+        if not self.save_seconds >= 0:
+            raise ValueError(f"save_seconds is {self.save_seconds}; it must be 0 or more.")
+        if self.max_steps is None and self.num_epochs is None and self.max_seconds is None:
+            raise ValueError("set max_steps, num_epochs or max_seconds: without any of them a run never ends.")
+
+
+@dataclass(slots=True)
+class Update:
+    """What a task's step hands to the loop; gradients are already in the parameters' ``grad``, summed."""
+
+    loss: float  # sum, this process
+    denominator: float  # what the sum is divided by, this process
+    metrics: dict[str, Any]
+    commit: Callable[[], list[dict[str, Any]]]
+    """Makes the step's changes to the task's state; returns the lines for samples.jsonl. It must not fail."""
+
+
+class Task(Protocol):
+    """What a training step is."""
+
+    model: nn.Module
+
+    def num_batches(self, epoch: int) -> int:
+        """Steps in an epoch."""
+        ...
+
+    def compute(self, epoch: int, batch: int) -> Update:
+        """Compute one step's gradients without changing any state."""
+        ...
+
+    def evaluate(self) -> dict[str, float]:
+        """Scores on the development set, ``dev_*``; empty when there is none."""
+        ...
+
+    def export(self) -> dict[str, bytes]:
+        """The model folder's files."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(slots=True)
+class LoopState:
+    """Where a run stands; all of it is in the checkpoint."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    seconds: float = 0.0
+    evaluated_step: int = -1
+    best_score: float | None = None
+    best_step: int = -1
+    start_score: float | None = None
+    evaluations_without_gain: int = 0
+    offsets: dict[str, int] = field(default_factory=dict)
+
+
+class Loop:
+    """Runs a task to its end.
+
+    Args:
+        fingerprint: what must not change between the parts of a resumed run.
+    """
+
+    def __init__(  # noqa: PLR0913
+        self,
+        task: Task,
+        config: LoopConfig,
+        optimizer: OptimizerConfig,
+        run: RunFolder,
+        seed: int,
+        fingerprint: Mapping[str, Any],
+        tracker: Callable[[dict[str, Any], int], None] | None = None,
+    ) -> None:
+        if optimizer.lr_scheduler in ("linear", "cosine") and config.max_steps is None and config.num_epochs is None:
+            raise ValueError(
+                f"lr_scheduler {optimizer.lr_scheduler!r} falls to 0 at the last step, so it needs max_steps or "
+                "num_epochs, not max_seconds alone."
+            )
+        self.task = task
+        self.config = config
+        self.optimizer = Optimizer(task.model, optimizer)
+        self.run_folder = run
+        self.seed = seed
+        self.fingerprint = dict(fingerprint)
+        self.tracker = tracker
+        self.processes = Processes()
+        self.state = LoopState()
+        self.total_steps = self._total_steps()
+        self.was_complete = False
+        self._is_resumed = False
+        self._is_sound = True
+        self._saved_step = -1
+        self._saved_at = time.monotonic()
+
+    def run(self) -> LoopState:
+        """Train until the limit, resuming if the folder says so; returns the final state."""
+        self.resume()
+        if self.was_complete:
+            return self.state
+        if bad := self._bad_parameter():
+            raise NumericsError(f"{bad} of the model is infinite or NaN before training; start from another model.")
+        reset_peak_memory()
+        with (
+            Display(self.total_steps, self.config.max_seconds, self.processes.is_main) as display,
+            Interrupts(deferred=self.processes.active) as interrupts,
+        ):
+            try:
+                self._train(interrupts, display)
+            except StorageError:
+                raise
+            except (EsrlError, Interrupted) as error:
+                self._rescue(error)
+                raise
+        return self.state
+
+    def is_complete(self) -> bool:
+        """Whether nothing is left to train and the last evaluation stands."""
+        return self._is_over() and not self._evaluation_due()
+
+    def _train(self, interrupts: Interrupts, display: Display) -> None:
+        while True:
+            if self._evaluation_due():
+                self._evaluate(interrupts, display)
+            over = self._is_over()
+            if over or self._save_due():
+                with interrupts.critical():
+                    self._save()
+            if over:
+                return
+            self._step(interrupts, display)
+            if interrupts.deferred and self.processes.any(interrupts.pending is not None):
+                raise Interrupted(int(interrupts.pending or signal.SIGTERM))
+
+    def _step(self, interrupts: Interrupts, display: Display) -> None:
+        state, started = self.state, time.monotonic()
+        self.optimizer.zero_grad()
+        torch.manual_seed(seed_of("step", self.seed, state.step, self.processes.rank))
+        update = self.task.compute(state.epoch, state.batch)
+        self.processes.sum_gradients(self.optimizer.parameters)
+        denominator = self.processes.sum(update.denominator)
+        loss = self.processes.sum(update.loss) / max(denominator, 1e-12)
+        if not math.isfinite(loss):
+            raise NumericsError(
+                f"the loss of step {state.step + 1} is {loss}; nothing was updated. "
+                "Look at the rewards and log-probabilities of this step, or lower the learning rate."
+            )
+        norm = self.optimizer.scale_and_clip(denominator)
+        rate = learning_rate(state.step, self.total_steps, self.optimizer.config)
+        with interrupts.critical():
+            self.optimizer.step(rate)
+            if bad := self._bad_parameter():
+                self._is_sound = False  # a finite gradient can still overflow; the last checkpoint is what stands
+                raise NumericsError(
+                    f"step {state.step + 1} made {bad} infinite or NaN; nothing of it was saved. "
+                    "Lower the learning rate or the weight decay, or raise adam_epsilon."
+                )
+            lines = update.commit()
+            seconds = time.monotonic() - started
+            self._advance(seconds)
+            metrics = self._position() | update.metrics
+            metrics |= {
+                "loss": loss,
+                "grad_norm": norm,
+                "learning_rate": rate,
+                "seconds_total": seconds,
+                "peak_memory_mb": peak_memory_mb(),
+            }
+            self._log(metrics, lines)
+        display.step(state.step, state.seconds, metrics)
+
+    def _bad_parameter(self) -> str | None:
+        parameters = self.task.model.named_parameters()
+        return next((name for name, value in parameters if not bool(torch.isfinite(value).all())), None)
+
+    def _advance(self, seconds: float) -> None:
+        state = self.state
+        state.step += 1
+        state.batch += 1
+        state.seconds += seconds
+        if state.batch >= self.task.num_batches(state.epoch):
+            state.epoch, state.batch = state.epoch + 1, 0
+
+    def _position(self) -> dict[str, Any]:
+        share = self.state.batch / self.task.num_batches(self.state.epoch)
+        return {"step": self.state.step, "epoch": round(self.state.epoch + share, 6)}
+
+    def _log(self, metrics: dict[str, Any], lines: list[dict[str, Any]]) -> None:
+        if not self.processes.is_main:
+            return
+        self.run_folder.logs["metrics.jsonl"].append(metrics)
+        for line in lines:
+            self.run_folder.logs["samples.jsonl"].append({"step": self.state.step, **line})
+        if self.tracker is not None:
+            self.tracker(metrics, self.state.step)
+
+    def _evaluation_due(self) -> bool:
+        state = self.state
+        if state.evaluated_step == state.step or (state.step == 0 and not self.config.eval_on_start):
+            return False
+        if state.step == 0 or self._is_over():
+            return True
+        if self.config.eval_steps is None:
+            return state.batch == 0
+        return state.step % self.config.eval_steps == 0
+
+    def _evaluate(self, interrupts: Interrupts, display: Display) -> None:
+        state, started = self.state, time.monotonic()
+        scores = self.task.evaluate()
+        key = self.config.metric_for_best_model
+        if scores and key not in scores:
+            raise ValueError(f"metric_for_best_model is {key!r}; the evaluation has {', '.join(scores)}.")
+        # without a development set the last model is the one to keep
+        better = not scores or state.best_score is None or scores[key] > state.best_score
+        files = self.task.export() if better and self.processes.is_main else None
+        with interrupts.critical():
+            if files is not None:
+                self.run_folder.write_model(files)
+            state.evaluated_step = state.step
+            state.evaluations_without_gain = 0 if better else state.evaluations_without_gain + 1
+            if scores and better:
+                state.best_score, state.best_step = scores[key], state.step
+            if scores and state.step == 0:
+                state.start_score = scores[key]
+            if scores:
+                line = self._position() | {"kind": "evaluation", "best": better, **scores}
+                line["seconds_total"] = time.monotonic() - started
+                self._log(line, [])
+                display.evaluation(line)
+
+    def _is_over(self) -> bool:
+        state, config = self.state, self.config
+        if self.total_steps is not None and state.step >= self.total_steps:
+            return True
+        if config.patience is not None and state.evaluations_without_gain >= config.patience:
+            return True
+        seconds = state.seconds
+        # processes must agree on the end, so the main one's clock counts
+        if config.max_seconds is not None and self.processes.active:
+            seconds = self.processes.gather([seconds])[0]
+        return config.max_seconds is not None and seconds >= config.max_seconds
+
+    def _total_steps(self) -> int | None:
+        limits = [] if self.config.max_steps is None else [self.config.max_steps]
+        if self.config.num_epochs is not None:
+            limits.append(sum(self.task.num_batches(epoch) for epoch in range(self.config.num_epochs)))
+        return min(limits, default=None)
+
+    def _save_due(self) -> bool:
+        if self.state.step == self._saved_step:
+            return False
+        old = time.monotonic() - self._saved_at > self.config.save_seconds and not self.processes.active
+        return self.state.step % self.config.save_steps == 0 or old
+
+    def _save(self) -> None:
+        if not self.processes.is_main:
+            return
+        self.state.offsets = self.run_folder.offsets()
+        state = {"loop": asdict(self.state), "task": self.task.state_dict(), "fingerprint": self.fingerprint}
+        self.run_folder.store.save(
+            self.state.step,
+            {
+                "model.safetensors": pack_tensors(dict(self.task.model.named_parameters())),
+                "optimizer.safetensors": pack_tensors(self.optimizer.tensors()),
+                "state.json": pack_json(state),
+            },
+        )
+        self._saved_step, self._saved_at = self.state.step, time.monotonic()
+
+    def _rescue(self, error: BaseException) -> None:
+        """Save the state of the last whole step before leaving."""
+        if self._is_sound and self.state.step != self._saved_step:
+            self._save()
+        if self.processes.is_main:
+            reason = f"signal {error.signum}" if isinstance(error, Interrupted) else type(error).__name__
+            print(f"stopped at step {self._saved_step} ({reason}); saved. --resume continues.", file=sys.stderr)
+
+    def resume(self) -> None:
+        """Take up what the folder holds, if it is to be resumed; ``run`` does it unless it was done.
+
+        Raises:
+            ValueError: the checkpoint is another run's, or of another architecture.
+            StorageError: no checkpoint is intact.
+        """
+        if self._is_resumed:
+            return
+        checkpoint = self.run_folder.latest()
+        if checkpoint is not None:
+            for reason in checkpoint.skipped:
+                warnings.warn(f"damaged checkpoint passed over: {reason}", stacklevel=2)
+            self._restore(checkpoint)
+        elif self.processes.is_main:
+            self.run_folder.truncate_logs({})
+        self._is_resumed = True
+        self.was_complete = self.is_complete()
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        state: Any = unpack_json(checkpoint.files["state.json"])
+        self._check_fingerprint(state["fingerprint"])
+        self.state = LoopState(**state["loop"])
+        self.task.load_state_dict(state["task"])
+        parameters = dict(self.task.model.named_parameters())
+        saved = unpack_tensors(checkpoint.files["model.safetensors"])
+        if {name: value.shape for name, value in saved.items()} != {n: p.shape for n, p in parameters.items()}:
+            raise ValueError(f"{checkpoint.path} was saved from another architecture; start anew with --overwrite.")
+        with torch.no_grad():
+            for name, value in saved.items():
+                parameters[name].copy_(value)
+        self.optimizer.load_tensors(unpack_tensors(checkpoint.files["optimizer.safetensors"]))
+        if self.processes.is_main:
+            self.run_folder.truncate_logs(self.state.offsets)
+        self._saved_step = self.state.step
+
+    def _check_fingerprint(self, saved: Mapping[str, Any]) -> None:
+        for key in sorted({*saved, *self.fingerprint}):
+            if saved.get(key) != self.fingerprint.get(key):
+                raise ValueError(
+                    f"{key} was {saved.get(key)!r} when this run began and is {self.fingerprint.get(key)!r} now; "
+                    "a resumed run must be the same run. Restore the value, or start anew with --overwrite."
+                )
+
+
+def export_folder(save: Callable[[Path], None]) -> dict[str, bytes]:
+    """Run a ``save_pretrained``-like function in a scratch folder and return the files it wrote."""
+    with tempfile.TemporaryDirectory() as scratch:
+        save(Path(scratch))
+        return read_folder(Path(scratch))

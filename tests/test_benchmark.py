@@ -1,0 +1,276 @@
+"""The benchmark measures what it says: the same model and the same law for all, real tokens, one JSON object."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from esrl.benchmark import BenchmarkConfig, run_command
+from esrl.benchmark import run as run_module
+from esrl.benchmark import stage_one as stage_one_module
+from esrl.benchmark.contestants import CONTESTANTS, CTranslate2, Job, ctranslate2_pieces
+from esrl.benchmark.processes import ContestantFailure, ContestantProcess, Measured, take_turns
+from esrl.benchmark.stage_one import lengths_agree
+from esrl.benchmark.worker import PeakMemory
+from esrl.benchmark.workloads import (
+    MODELS,
+    BenchmarkModel,
+    Workload,
+    as_prompts,
+    convert_to_ctranslate2,
+    random_policy,
+    whole_word_tokenizer,
+)
+from esrl.models.seq2seq import MarianPolicy, Preset, new_policy
+from esrl.sampling.engine import EngineSampler, SamplingConfig
+from esrl.types import Prompts, Rollouts, SamplingPlan
+
+TINY = BenchmarkModel(
+    sizes=Preset(width=32, layers=1, heads=2, inner_width=64),
+    vocabulary=600,
+    mean_length=8,
+)
+WORKLOAD = Workload(name="tiny", model=TINY, samples=40, prompts=8, source_tokens=10, max_new_tokens=12)
+NUM_RUNS = 3
+
+
+@pytest.fixture(scope="module")
+def policy() -> MarianPolicy:
+    return random_policy(WORKLOAD)
+
+
+@pytest.fixture(scope="module")
+def folders(policy: MarianPolicy, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The tiny model in every contestant's format."""
+    root = tmp_path_factory.mktemp("benchmark")
+    policy.save(root / "model")
+    for quantization in ("float32", "int8"):
+        convert_to_ctranslate2(root / "model", root / quantization, quantization)
+    return {name: root / (name.partition("-")[2] or "model") for name in CONTESTANTS}
+
+
+@pytest.fixture(scope="module")
+def lengths(folders: dict[str, Path]) -> dict[str, list[int]]:
+    """What every contestant drew in three runs."""
+    drawn = {}
+    for name, build in CONTESTANTS.items():
+        contestant = build(job(name, folders[name]))
+        drawn[name] = [length for seed in range(NUM_RUNS) for length in contestant.run(seed)()]
+    return drawn
+
+
+def job(name: str, folder: Path) -> Job:
+    return Job(
+        contestant=name,
+        folder=str(folder),
+        source=WORKLOAD.source(),
+        samples=WORKLOAD.samples,
+        max_new_tokens=WORKLOAD.max_new_tokens,
+        threads=1,
+    )
+
+
+def test_expected_length_worked_by_hand():
+    # 8 * (1 - (7 / 8) ** 12) = 8 * (1 - 0.2014) = 6.389
+    assert WORKLOAD.expected_length == pytest.approx(6.389, abs=5e-4)
+
+
+@pytest.mark.parametrize(("name", "millions"), [("small", 8), ("base", 50)])
+def test_models_have_the_size_they_are_named_for(name: str, millions: int):
+    model = MODELS[name]
+    with torch.device("meta"):
+        built = new_policy(model.sizes, whole_word_tokenizer(model.vocabulary, 61), 61, 0).model
+    assert sum(p.numel() for p in built.parameters()) == pytest.approx(millions * 1e6, rel=0.03)
+
+
+def test_the_model_ends_a_sample_at_the_rate_it_promises(policy: MarianPolicy):
+    # p(EOS) = 1/8 on average along the model's own samples, and nearly so at each position: with 600 other tokens
+    # their sum of exponentials varies by 7 % or so
+    prompts = as_prompts(WORKLOAD.source())
+    plan = SamplingPlan(num_samples=torch.full((8,), 40), temperature=torch.ones(8))
+    rollouts = EngineSampler(policy, SamplingConfig(max_new_tokens=12), 1).sample(prompts, plan)
+    start = torch.full((rollouts.num_rows, 1), policy.start_token)
+    with torch.no_grad():
+        inputs = torch.cat([start, rollouts.tokens[:, :-1]], 1)
+        hidden = policy.hidden_states(policy.encode(prompts), rollouts.prompt_index, inputs)[rollouts.mask]
+        probabilities = policy.projection().logits(hidden).softmax(1)
+    ends = probabilities[:, policy.eos_tokens[0]]
+    assert float(ends.mean()) == pytest.approx(1 / 8, rel=0.05)
+    assert float(ends.std() / ends.mean()) < 0.25
+    assert float(probabilities[:, policy.pad_token].max()) == 0
+
+
+@pytest.mark.parametrize("name", CONTESTANTS)
+def test_every_contestant_draws_the_same_lengths(name: str, lengths: dict[str, list[int]]):
+    # 3 runs x 8 prompts x 40 samples = 960 lengths with a standard deviation of 4.0: standard error 0.13 around 6.39;
+    # 12 tokens, the last of them EOS or not, are what (7 / 8) ** 11 = 0.230 of the samples have, standard error 0.014
+    drawn = lengths[name]
+    assert len(drawn) == 960
+    assert statistics.fmean(drawn) == pytest.approx(6.389, abs=0.6)
+    assert min(drawn) == 1
+    assert max(drawn) == 12
+    assert drawn.count(12) / 960 == pytest.approx(0.230, abs=0.06)
+    assert lengths_agree(drawn, lengths["esrl"])
+
+
+def test_another_seed_draws_other_samples_and_the_same_seed_the_same(folders: dict[str, Path]):
+    for name in ("esrl", "generate"):  # CTranslate2 is seeded once in a process
+        contestant = CONTESTANTS[name](job(name, folders[name]))
+        first, again, other = (contestant.run(seed, num_prompts=2)() for seed in (1, 1, 2))
+        assert first == again
+        assert first != other
+        assert len(first) == 2 * WORKLOAD.samples
+
+
+def test_lengths_that_follow_another_law_are_told_apart():
+    # means 10 and 11, standard deviation 1, 200 of each: standard error of the difference 0.1, ten of them
+    assert not lengths_agree([9, 11] * 100, [10, 12] * 100)
+    # means 10 and 10.2: two
+    assert lengths_agree([9, 11] * 100, [9, 11] * 80 + [10, 12] * 20)
+
+
+@pytest.fixture(scope="module")
+def converted(make_policy: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[MarianPolicy, Path]:
+    """A model whose biases are all other than 0, and its conversion."""
+    root = tmp_path_factory.mktemp("converted")
+    policy = make_policy(torch.float32)
+    policy.model.final_logits_bias[0, policy.pad_token] = -1e9
+    policy.save(root / "model")
+    convert_to_ctranslate2(root / "model", root / "float32", "float32")
+    return policy, root / "float32"
+
+
+def ragged(prompts: Prompts, folder: Path) -> CTranslate2:
+    """CTranslate2 with the prompts' real tokens, which differ in number."""
+    source = [row[keep].tolist() for row, keep in zip(prompts.input_ids, prompts.mask, strict=True)]
+    return CTranslate2(
+        Job(
+            contestant="ctranslate2-float32",
+            folder=str(folder),
+            source=source,
+            samples=1,
+            max_new_tokens=20,
+            threads=1,
+        )
+    )
+
+
+def as_pieces(rollouts: Rollouts, folder: Path) -> list[list[str]]:
+    pieces = ctranslate2_pieces(folder)
+    rows = zip(rollouts.tokens.tolist(), rollouts.lengths.tolist(), strict=True)
+    return [[pieces[token] for token in row[:length]] for row, length in rows]
+
+
+def test_ctranslate2_decodes_greedily_what_the_engine_does(converted: tuple[MarianPolicy, Path], prompts: Prompts):
+    policy, folder = converted
+    contestant = ragged(prompts, folder)
+    theirs = [result.hypotheses[0] for result in contestant.translate(contestant.source, sampling_topk=1)]
+    sampler = EngineSampler(policy, SamplingConfig(max_new_tokens=20), 1)
+    ours = as_pieces(sampler.sample(prompts, SamplingPlan.greedy(len(prompts))), folder)
+    assert theirs == ours
+    assert ["</s>"] in ours  # a sample may end at once, which CTranslate2 forbids by default
+    assert 20 in {len(row) for row in ours}
+
+
+def test_ctranslate2_scores_the_engines_samples_as_the_engine_does(
+    converted: tuple[MarianPolicy, Path], prompts: Prompts
+):
+    # Random models decode greedily in circles, so the distribution itself is compared, along varied samples.
+    policy, folder = converted
+    contestant = ragged(prompts, folder)
+    plan = SamplingPlan(
+        num_samples=torch.full((len(prompts),), 4), temperature=torch.full((len(prompts),), 2.0, dtype=torch.float64)
+    )
+    rollouts = EngineSampler(policy, SamplingConfig(max_new_tokens=20), 1).sample(prompts, plan)
+    ended = rollouts.finished.nonzero()[:, 0].tolist()  # score_batch adds EOS itself
+    samples = as_pieces(rollouts, folder)
+    sources = [contestant.source[i] for i in rollouts.prompt_index.tolist()]
+    scores = contestant.translator.score_batch([sources[i] for i in ended], [samples[i][:-1] for i in ended])
+    theirs = torch.tensor([value for score in scores for value in score.log_probs])
+    ours = rollouts.log_probs[ended][rollouts.mask[ended]]
+    torch.testing.assert_close(theirs, ours, atol=2e-4, rtol=0)
+    assert len(ours) > 100
+    assert float(ours.std()) > 0.5
+
+
+def test_speedup_is_the_median_of_the_ratios_within_a_round():
+    # 100 tokens a round; seconds 1, 2, 4 against 2, 2, 16: ratios 2, 1, 4. The ratio of the medians would be 1.
+    ours = Measured(seconds=[1, 2, 4], lengths=[[60, 40]] * 3)
+    theirs = Measured(seconds=[2, 2, 16], lengths=[[50, 50]] * 3)
+    row = stage_one_module._row("generate", WORKLOAD, 1000, {"esrl": ours, "generate": theirs})
+    assert row["esrl_speedup"] == 2
+    assert row["tokens_per_second"] == {"median": 50, "min": 6.25, "max": 50}
+    assert row["mean_length"] == 50
+
+
+def test_peak_memory_sees_what_was_freed_and_starts_anew():
+    # 2 ** 24 float32 numbers are 64 MB
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    memory = PeakMemory(uses_torch=True)
+    block = torch.ones(2**24, device=device)
+    del block
+    assert 62 < memory.peak() < 80
+    again = PeakMemory(uses_torch=True)
+    assert not again.resettable or again.peak() < 16
+
+
+def test_command_prints_one_json_object(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Real processes; CTranslate2 is made to look as if it were not installed, and is reported as such."""
+    monkeypatch.setitem(run_module.MODELS, "small", TINY)
+    monkeypatch.setattr(stage_one_module, "installed", lambda package: False)
+    config = BenchmarkConfig(models=("small",), samples=(3,), repetitions=2, threads=1, json=True)
+    assert run_command(config) == 0
+    output = capsys.readouterr()
+    result = json.loads(output.out)  # fails on anything before or behind the object
+    assert output.out.count("\n") == 1
+    assert {row["contestant"] for row in result["stage_one"]} == {"esrl", "generate"}
+    for row in result["stage_one"]:
+        assert (row["model"], row["samples"]) == ("small", 3)
+        assert "16 prompts of 20 tokens x 3 samples of at most 60 tokens" in row["workload"]
+        rate = row["tokens_per_second"]
+        assert 0 < rate["min"] <= rate["median"] <= rate["max"]
+        assert row["peak_memory_mb"] >= 0
+        # at least 2 rounds x 48 samples, mean 8, standard deviation 7.5: standard error 0.8 or less
+        assert 4 < row["mean_length"] < 12
+        assert row["lengths_agree"]
+    assert {row["contestant"] for row in result["not_run"]} == {"ctranslate2-float32", "ctranslate2-int8"}
+    assert all("not installed; pip install" in row["reason"] for row in result["not_run"])
+    assert result["machine"]["threads"] == 1
+    for word in ("esrl", "generate", "not run: ctranslate2-int8"):
+        assert word in output.err
+
+
+def test_a_contestant_that_fails_is_reported_with_its_reason(tmp_path: Path):
+    measured = take_turns([job("generate", tmp_path / "nowhere")], 1, lambda _: None)["generate"]
+    assert measured.failure is not None
+    assert "nowhere: no such folder" in measured.failure
+    assert measured.seconds == []
+
+
+def test_a_contestant_that_is_killed_is_reported_with_its_signal(tmp_path: Path):
+    with ContestantProcess(job("esrl", tmp_path)) as process:
+        process.process.kill()
+        with pytest.raises(ContestantFailure, match="died of signal 9"):
+            process.ask({"run": 1})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"only": ("stage-on",)}, "only holds 'stage-on', which is not known. Did you mean 'stage-one'"),
+        ({"models": ("huge",)}, "models holds 'huge', which is not known. Known: small, base"),
+        ({"models": ()}, "models is empty"),
+        ({"samples": ()}, "samples is empty"),
+        ({"samples": (5, 0)}, "samples is 0; it must be 1 or more"),
+        ({"repetitions": 0}, "repetitions is 0"),
+        ({"threads": 0}, "threads is 0"),
+    ],
+)
+def test_wrong_settings_are_named(values: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        BenchmarkConfig(**values)

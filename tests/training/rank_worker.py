@@ -1,0 +1,144 @@
+"""Small RL runs in one and in two processes: ``python rank_worker.py OUTPUT EXAMPLES...``.
+
+For each number of examples three processes are forked (the imports are made once): one on its own, and two that form
+a group. Each writes what it ends with, or the traceback it ends by, and the test compares.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import nn
+
+from esrl.algorithm.allocation import AllocationConfig
+from esrl.algorithm.baselines import BaselineConfig
+from esrl.algorithm.capability import CapabilityConfig
+from esrl.algorithm.objectives import ObjectiveConfig
+from esrl.data.demo import make_examples
+from esrl.evaluation.decode import DecodingConfig
+from esrl.evaluation.development import Development
+from esrl.models.seq2seq import Preset, new_policy
+from esrl.models.tokenizer import train_tokenizer
+from esrl.rewards.calling import RewardConfig, build_reward
+from esrl.sampling.engine import SamplingConfig
+from esrl.training.gradient import GradientConfig
+from esrl.training.optimization import Optimizer, OptimizerConfig
+from esrl.training.processes import Processes
+from esrl.training.rl import Method, RLTask, StepConfig
+
+BATCH = 7
+
+
+def make_task(kind: str, num_examples: int) -> RLTask:
+    examples = make_examples(num_examples, 1, "train")
+    tokenizer = train_tokenizer([text for example in examples for text in example.columns.values()], 100, 60)
+    policy = new_policy(Preset(width=32, layers=1, heads=2, inner_width=48), tokenizer, 60, 3)
+    policy.model.to(torch.float64)
+    policy.model.final_logits_bias[0, tokenizer.eos_token_id] += 2.5
+    return RLTask(
+        policy,
+        examples,
+        Method(
+            allocation=AllocationConfig(max_samples=5, elimination_ratio=0.5),
+            capability=CapabilityConfig(),
+            objective=ObjectiveConfig(alpha=0.1),
+            baseline=BaselineConfig(queue_size=20),
+        ),
+        StepConfig(batch_size=BATCH),
+        SamplingConfig(max_new_tokens=10),
+        GradientConfig(kind=kind, micro_batch_tokens=40),
+        build_reward(RewardConfig(names=("chrf",))),
+        Development([], (), DecodingConfig()),
+        seed=4,
+    )
+
+
+def run(kind: str, num_examples: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Two epochs of two steps: what was logged and remembered, and every step's summed gradient."""
+    task, tensors = make_task(kind, num_examples), {}
+    optimizer = Optimizer(task.model, OptimizerConfig(learning_rate=1e-3))
+    record: dict[str, Any] = {"steps": []}
+    for number, (epoch, batch) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+        optimizer.zero_grad()
+        update = task.compute(epoch, batch)
+        task.processes.sum_gradients(optimizer.parameters)
+        gradients = zip(optimizer.names, optimizer.parameters, strict=True)
+        tensors |= {f"{number}.{name}": p.grad.clone() for name, p in gradients if p.grad is not None}
+        denominator = task.processes.sum(update.denominator)
+        optimizer.scale_and_clip(denominator)
+        optimizer.step(1e-3)
+        metrics = {name: value for name, value in update.metrics.items() if not name.startswith("seconds_")}
+        loss = task.processes.sum(update.loss)
+        record["steps"].append({"metrics": metrics, "lines": update.commit(), "loss": loss, "prompts": denominator})
+    record["state"] = task.state_dict()
+    tensors |= {f"final.{name}": p.detach().clone() for name, p in task.model.named_parameters()}
+    return record, tensors
+
+
+def primitives() -> dict[str, Any]:
+    """What ``Processes`` itself promises."""
+    processes = Processes()
+    rank = processes.rank
+    everywhere, here, nowhere = (nn.Parameter(torch.zeros(2, 2)) for _ in range(3))
+    everywhere.grad = torch.full((2, 2), 1.0 + rank)
+    if rank == processes.size - 1:
+        here.grad = torch.full((2, 2), 5.0)
+    processes.sum_gradients([everywhere, here, nowhere])
+    return {
+        "rank": rank,
+        "size": processes.size,
+        "is_main": processes.is_main,
+        "shards": {str(count): list(processes.shard(count)) for count in (0, 1, 2, 7)},
+        "gather": processes.gather([f"{rank}-{i}" for i in range(rank + 1)]),
+        "gather_nothing_from_0": processes.gather([] if rank == 0 else ["x"]),
+        "sum": processes.sum(0.1 + rank),
+        "any": [processes.any(False), processes.any(rank == 0)],
+        "gradients": [None if p.grad is None else p.grad.tolist() for p in (everywhere, here, nowhere)],
+    }
+
+
+def rank_main(rank: int, size: int, num_examples: int, output: Path) -> None:
+    name = f"{num_examples}-{rank}-of-{size}"
+    if size > 1:
+        store, limit = output / f"{num_examples}-store", timedelta(seconds=60)
+        dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=size, timeout=limit)
+    record: dict[str, Any] = {"primitives": primitives()}
+    for kind in ("two_stage", "graph"):
+        record[kind], tensors = run(kind, num_examples)
+        save_file(tensors, output / f"{name}-{kind}.safetensors")
+    (output / f"{name}.json").write_text(json.dumps(record))
+    if size > 1:
+        dist.destroy_process_group()
+
+
+def forked(rank: int, size: int, num_examples: int, output: Path) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        rank_main(rank, size, num_examples, output)
+    except BaseException:  # noqa: BLE001 - the test reads and shows it
+        (output / f"{num_examples}-{rank}-of-{size}.error").write_text(traceback.format_exc())
+    finally:
+        os._exit(0)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    output = Path(sys.argv[1])
+    for num_examples in map(int, sys.argv[2:]):
+        for pid in [forked(rank, size, num_examples, output) for rank, size in ((0, 1), (0, 2), (1, 2))]:
+            os.waitpid(pid, 0)
+
+
+if __name__ == "__main__":
+    main()

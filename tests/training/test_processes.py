@@ -1,0 +1,151 @@
+"""Two real processes (gloo) against one: the same plan, samples, memory and gradient."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from esrl.training.processes import Processes
+
+WORKER = Path(__file__).with_name("rank_worker.py")
+
+
+EVEN, EMPTY = 9, 8
+"""Examples in batches of 7: the last one of 2 gives each process one prompt, the last one of 1 leaves rank 0 none."""
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process, and each of two, wrote."""
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, str(WORKER), str(folder), str(EVEN), str(EMPTY)]
+    subprocess.run(command, env=environment, timeout=120, check=True)
+    return folder
+
+
+def record(output: Path, examples: int, rank: int, size: int) -> dict[str, Any]:
+    error = output / f"{examples}-{rank}-of-{size}.error"
+    assert not error.exists(), error.read_text()
+    return json.loads((output / f"{examples}-{rank}-of-{size}.json").read_text())
+
+
+def tensors(output: Path, examples: int, kind: str, rank: int, size: int) -> dict[str, torch.Tensor]:
+    return load_file(output / f"{examples}-{rank}-of-{size}-{kind}.safetensors")
+
+
+def assert_close(found: Any, expected: Any, where: str = "") -> None:
+    """Equal, but for rounding in floats."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key in expected:
+            assert_close(found[key], expected[key], f"{where}[{key!r}]")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), where
+        for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+            assert_close(a, b, f"{where}[{i}]")
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-9, abs=1e-9), where
+    else:
+        assert found == expected, where
+
+
+# make_prompts takes no empty share yet; strict, so that the mark cannot outlive that
+CASES = pytest.mark.parametrize(
+    ("examples", "kind"),
+    [
+        (EVEN, "two_stage"),
+        (EVEN, "graph"),
+        (EMPTY, "two_stage"),
+        (EMPTY, "graph"),
+    ],
+)
+
+
+@CASES
+def test_two_processes_make_the_steps_of_one(output, examples, kind):
+    """Plans, samples, rewards, capability memory, reward queue, loss: all that a step logs and remembers."""
+    one = record(output, examples, 0, 1)[kind]
+    del one["state"]["reward"]  # each process counts the calls it makes
+    for rank in (0, 1):
+        found = record(output, examples, rank, 2)[kind]
+        del found["state"]["reward"]
+        assert_close(found, one)
+    # the comparison has something to compare: plans that differ between prompts, samples that differ, a memory
+    samples = [line["num_samples"] for line in one["steps"][2]["lines"]]
+    assert len(samples) == 7 and len(set(samples)) > 1
+    assert len({sample["text"] for line in one["steps"][0]["lines"] for sample in line["samples"]}) > 7
+    assert one["steps"][3]["metrics"]["planned_from_memory"] == 1
+    assert [step["prompts"] for step in one["steps"]] == [7, examples - 7, 7, examples - 7]
+    assert len(one["state"]["memory"]) == examples and len(one["state"]["queue"]["values"]) == 20
+
+
+@CASES
+def test_summed_gradients_are_those_of_one_process(output, examples, kind):
+    record(output, examples, 0, 2)  # shows the error where there was one
+    one = tensors(output, examples, kind, 0, 1)
+    first, second = (tensors(output, examples, kind, rank, 2) for rank in (0, 1))
+    assert first.keys() == second.keys() == one.keys()
+    assert float(one["0.model.shared.weight"].abs().max()) > 1e-3
+    for name, value in one.items():
+        assert torch.equal(first[name], second[name]), name  # the processes never drift apart
+        torch.testing.assert_close(first[name], value, rtol=1e-6, atol=1e-9, msg=name)
+
+
+def test_both_ways_to_the_gradient_agree_over_processes(output):
+    """Two stages against the graph kept through sampling; only the first step starts from the same weights."""
+    two_stage, graph = (tensors(output, EVEN, kind, 1, 2) for kind in ("two_stage", "graph"))
+    for name, value in graph.items():
+        if name.startswith("0."):
+            torch.testing.assert_close(two_stage[name], value, rtol=1e-8, atol=1e-10, msg=name)
+
+
+def test_primitives_of_two_processes(output):
+    first, second = (record(output, EVEN, rank, 2)["primitives"] for rank in (0, 1))
+    assert (first["rank"], first["size"], first["is_main"]) == (0, 2, True)
+    assert (second["rank"], second["size"], second["is_main"]) == (1, 2, False)
+    assert first["shards"] == {"0": [], "1": [], "2": [0], "7": [0, 1, 2]}
+    assert second["shards"] == {"0": [], "1": [0], "2": [1], "7": [3, 4, 5, 6]}
+    for found in (first, second):
+        assert found["gather"] == ["0-0", "1-0", "1-1"]  # in order of rank
+        assert found["gather_nothing_from_0"] == ["x"]
+        assert found["sum"] == 0.1 + 1.1
+        assert found["any"] == [False, True]
+        # 1 + 2; 5 and a missing one that counts 0; missing on both, so still missing, as it would be with one process
+        assert found["gradients"] == [[[3, 3], [3, 3]], [[5, 5], [5, 5]], None]
+
+
+def test_one_process_is_the_identity():
+    processes = Processes()
+    assert (processes.rank, processes.size, processes.is_main, processes.active) == (0, 1, True, False)
+    for count in (0, 1, 5):
+        assert list(processes.shard(count)) == list(range(count))
+    assert processes.gather([3, "x"]) == [3, "x"]
+    assert processes.sum(0.25) == 0.25
+    assert [processes.any(False), processes.any(True)] == [False, True]
+    parameter = torch.nn.Parameter(torch.ones(3))
+    processes.sum_gradients([parameter])
+    assert parameter.grad is None
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+@pytest.mark.parametrize("count", [0, 1, 5, 64])
+def test_shards_partition_in_order(size, count):
+    processes = Processes()
+    processes.size = size
+    joined: list[int] = []
+    sizes = []
+    for rank in range(size):
+        processes.rank = rank
+        joined += processes.shard(count)
+        sizes.append(len(processes.shard(count)))
+    assert joined == list(range(count))
+    assert max(sizes) - min(sizes) <= 1
