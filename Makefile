@@ -10,7 +10,7 @@ help:
 	@echo "make demo               set up, then run the built-in task: MLE, ESRL, a table, report.html"
 	@echo "make test               set up, then lint, format and type check, all tests"
 	@echo "make benchmark          set up, then time stage one against its peers"
-	@echo "make test-reliability   the long form of the kill, signal and property tests"
+	@echo "make test-reliability   the kill tests in their long form: 100 random kills, and one at every file operation"
 	@echo "make clean              remove the virtual environment and caches"
 
 $(STAMP): pyproject.toml constraints.txt

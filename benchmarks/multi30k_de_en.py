@@ -82,7 +82,7 @@ def train(command: str, folder: Path, flags: list[str], options: argparse.Namesp
     if command == "mle":
         # trained on at a rate of a fine-tuning, linear to 0 like the others
         model = ["--model.path", options.model, "--optimizer.learning-rate", "2e-4", "--optimizer.warmup-steps", "0"]
-        model += ["--training.eval-on-start", "True"]
+        model += ["--training.eval-on-start"]
     resume = ["--resume"] if (folder / "checkpoints").exists() else []
     call = [sys.executable, "-m", "esrl.cli", command, str(CONFIG / f"{command}.toml"), "--output-dir", str(folder)]
     call += ["--data.root", str(options.data), *model, *flags, *resume]

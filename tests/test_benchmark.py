@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,17 @@ import pytest
 import torch
 
 from esrl.benchmark import BenchmarkConfig, run_command
+from esrl.benchmark import measure as measure_module
 from esrl.benchmark import run as run_module
-from esrl.benchmark import stage_one as stage_one_module
+from esrl.benchmark import step as step_module
 from esrl.benchmark.contestants import CONTESTANTS, CTranslate2, Job, ctranslate2_pieces
+from esrl.benchmark.limit import limit
+from esrl.benchmark.measure import Meter, Result, lengths_agree
 from esrl.benchmark.processes import ContestantFailure, ContestantProcess, Measured, take_turns
-from esrl.benchmark.stage_one import lengths_agree
+from esrl.benchmark.rewards import rewards
+from esrl.benchmark.stage_one import _row as stage_one_row
+from esrl.benchmark.step import _row as step_row
+from esrl.benchmark.steps import STEPS, Naive, StepContestant
 from esrl.benchmark.worker import PeakMemory
 from esrl.benchmark.workloads import (
     MODELS,
@@ -64,9 +72,10 @@ def lengths(folders: dict[str, Path]) -> dict[str, list[int]]:
     return drawn
 
 
-def job(name: str, folder: Path) -> Job:
+def job(name: str, folder: Path, kind: str = "sample") -> Job:
     return Job(
         contestant=name,
+        kind=kind,
         folder=str(folder),
         source=WORKLOAD.source(),
         samples=WORKLOAD.samples,
@@ -151,6 +160,7 @@ def ragged(prompts: Prompts, folder: Path) -> CTranslate2:
     return CTranslate2(
         Job(
             contestant="ctranslate2-float32",
+            kind="sample",
             folder=str(folder),
             source=source,
             samples=1,
@@ -202,10 +212,78 @@ def test_speedup_is_the_median_of_the_ratios_within_a_round():
     # 100 tokens a round; seconds 1, 2, 4 against 2, 2, 16: ratios 2, 1, 4. The ratio of the medians would be 1.
     ours = Measured(seconds=[1, 2, 4], lengths=[[60, 40]] * 3)
     theirs = Measured(seconds=[2, 2, 16], lengths=[[50, 50]] * 3)
-    row = stage_one_module._row("generate", WORKLOAD, 1000, {"esrl": ours, "generate": theirs})
+    row = stage_one_row(Result(WORKLOAD, 1000, {"esrl": ours, "generate": theirs}), "generate")
     assert row["esrl_speedup"] == 2
     assert row["tokens_per_second"] == {"median": 50, "min": 6.25, "max": 50}
     assert row["mean_length"] == 50
+
+
+def test_seconds_of_a_step_are_those_of_one_run():
+    # two rounds of 2 and 4 runs: 1.5 and 1 s a run against 6 and 5; the ratios are 4 and 5
+    ours = Measured(seconds=[3, 4], runs=[2, 4], lengths=[[50], [90]], stages=[{"score": 2.0}, {"score": 4.0}])
+    theirs = Measured(seconds=[6, 5], runs=[1, 1], lengths=[[50], [90]], stages=[{"score": 6.0}, {}])
+    row = step_row(Result(WORKLOAD, 1000, {"esrl": ours, "naive": theirs}), "naive")
+    assert row["seconds"] == {"median": 5.5, "min": 5, "max": 6}
+    assert row["esrl_speedup"] == 4.5
+    assert row["seconds_per_token"] == pytest.approx(11 / 140)
+    assert row["stages"] == {"score": 3.0}
+    assert (row["rows"], row["prompts"]) == (320, 8)
+
+
+@pytest.fixture(scope="module")
+def steps(folders: dict[str, Path]) -> dict[str, StepContestant]:
+    return {name: build(job(name, folders["esrl"], "step")) for name, build in STEPS.items()}
+
+
+def gradients_of(contestant: StepContestant, monkeypatch: pytest.MonkeyPatch) -> tuple[list[torch.Tensor], list[int]]:
+    """What a step hands to the optimizer, which is kept from it."""
+    found: list[torch.Tensor] = []
+    parameters = contestant.optimizer.parameters
+
+    def look(_: float) -> float:
+        found.extend(parameter.grad.clone() for parameter in parameters)
+        return 0.0
+
+    monkeypatch.setattr(contestant.optimizer, "scale_and_clip", look)
+    monkeypatch.setattr(contestant.optimizer, "step", lambda rate: None)
+    return found, contestant.run(seed=3)()
+
+
+def test_the_steps_do_the_same_work(steps: dict[str, StepContestant], monkeypatch: pytest.MonkeyPatch):
+    """Ours and the conventional one draw the same samples and have the same gradient; REINFORCE has another one."""
+    results = {name: gradients_of(contestant, monkeypatch) for name, contestant in steps.items()}
+    assert results["esrl"][1] == results["conventional-mrt"][1] == results["conventional-reinforce"][1]
+    largest = max(float(gradient.abs().max()) for gradient in results["esrl"][0])
+    assert largest > 0
+    for ours, theirs in zip(results["esrl"][0], results["conventional-mrt"][0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5 * largest)
+    other = max(float(gradient.abs().max()) for gradient in results["conventional-reinforce"][0])
+    assert other != pytest.approx(largest, rel=0.01)
+    assert lengths_agree(results["naive"][1], results["esrl"][1])
+    # eq. 8 with capabilities 0, 1/8, ... 7/8, which sum to 3.5: 40 - .3 * 8 * 40 * cap / 3.5, rounded up
+    assert len(results["esrl-dynamic"][1]) == sum(math.ceil(40 - 96 * i / 28) for i in range(8))
+    for contestant in steps.values():
+        assert contestant.stages.keys() == {"sample", "reward", "score", "update"}
+        assert all(float(parameter.grad.abs().max()) == 0 for parameter in contestant.optimizer.parameters)
+
+
+def test_the_naive_step_scores_what_the_engine_recorded(steps: dict[str, StepContestant]):
+    naive = steps["naive"]
+    assert isinstance(naive, Naive)
+    prompts = as_prompts(WORKLOAD.source())
+    plan = SamplingPlan(num_samples=torch.full((8,), 5), temperature=torch.ones(8))
+    rollouts = naive.sampler.sample(prompts, plan)
+    torch.testing.assert_close(naive._score(prompts, rollouts), rollouts.log_probs, rtol=0, atol=1e-5)
+
+
+def test_a_step_leaves_the_model_as_it_was(steps: dict[str, StepContestant]):
+    """At a rate of 1e-12 nothing moves by more than float32 can show of it: every round has the same law of lengths."""
+    contestant = steps["esrl"]
+    before = [parameter.detach().clone() for parameter in contestant.optimizer.parameters]
+    contestant.run(seed=5)
+    for parameter, old in zip(contestant.optimizer.parameters, before, strict=True):
+        torch.testing.assert_close(parameter.detach(), old, rtol=0, atol=1e-11)
+    assert contestant.optimizer.adam.state
 
 
 def test_peak_memory_sees_what_was_freed_and_starts_anew():
@@ -222,8 +300,10 @@ def test_peak_memory_sees_what_was_freed_and_starts_anew():
 def test_command_prints_one_json_object(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Real processes; CTranslate2 is made to look as if it were not installed, and is reported as such."""
     monkeypatch.setitem(run_module.MODELS, "small", TINY)
-    monkeypatch.setattr(stage_one_module, "installed", lambda package: False)
-    config = BenchmarkConfig(models=("small",), samples=(3,), repetitions=2, threads=1, json=True)
+    monkeypatch.setattr(measure_module, "installed", lambda package: False)
+    config = BenchmarkConfig(
+        only=("stage-one", "step"), models=("small",), samples=(3,), repetitions=2, threads=1, json=True
+    )
     assert run_command(config) == 0
     output = capsys.readouterr()
     result = json.loads(output.out)  # fails on anything before or behind the object
@@ -238,10 +318,13 @@ def test_command_prints_one_json_object(monkeypatch: pytest.MonkeyPatch, capsys:
         # at least 2 rounds x 48 samples, mean 8, standard deviation 7.5: standard error 0.8 or less
         assert 4 < row["mean_length"] < 12
         assert row["lengths_agree"]
+    assert {row["contestant"] for row in result["step"]} == set(STEPS)
+    for row in result["step"]:
+        assert row["seconds"]["min"] > 0 and row["peak_memory_mb"] >= 0 and row["lengths_agree"]
     assert {row["contestant"] for row in result["not_run"]} == {"ctranslate2-float32", "ctranslate2-int8"}
     assert all("not installed; pip install" in row["reason"] for row in result["not_run"])
     assert result["machine"]["threads"] == 1
-    for word in ("esrl", "generate", "not run: ctranslate2-int8"):
+    for word in ("esrl", "generate", "conventional-mrt", "not run: ctranslate2-int8"):
         assert word in output.err
 
 
@@ -274,3 +357,77 @@ def test_a_contestant_that_is_killed_is_reported_with_its_signal(tmp_path: Path)
 def test_wrong_settings_are_named(values: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         BenchmarkConfig(**values)
+
+
+@pytest.fixture
+def meter() -> Meter:
+    return Meter(repetitions=1, threads=1, progress=lambda _: None)
+
+
+def test_memory_and_scale_vary_one_thing_at_a_time(monkeypatch: pytest.MonkeyPatch, meter: Meter):
+    """Real processes on the tiny model; the largest workloads are made smaller."""
+    monkeypatch.setitem(step_module.MODELS, "small", TINY)
+    monkeypatch.setattr(step_module, "MEMORY_SAMPLES", (2, 4))
+    monkeypatch.setattr(step_module, "MEMORY_VOCABULARIES", (300,))
+    monkeypatch.setattr(step_module, "MEMORY_LENGTHS", (9,))
+    rows, not_run = step_module.memory(["small"], None, meter)
+    assert not not_run
+    varied = [
+        (row["varied"], row["contestant"], row["samples"], row["vocabulary"], row["max_new_tokens"]) for row in rows
+    ]
+    assert varied == [
+        ("samples", "esrl", 2, 600, 60),
+        ("samples", "conventional-mrt", 2, 600, 60),
+        ("samples", "esrl", 4, 600, 60),
+        ("samples", "conventional-mrt", 4, 600, 60),
+        ("vocabulary", "esrl", 4, 300, 60),
+        ("max_new_tokens", "esrl", 4, 600, 9),
+        ("max_new_tokens", "conventional-mrt", 4, 600, 9),
+    ]
+    assert rows[-1]["mean_length"] > 8.9  # all samples reach the limit
+    monkeypatch.setattr(step_module, "SCALE_ROWS", (32,))
+    monkeypatch.setattr(step_module, "SCALE_PROMPTS", (4,))
+    rows, _ = step_module.scale(["small"], None, meter)
+    assert [(row["varied"], row["prompts"], row["rows"]) for row in rows] == [("rows", 16, 32), ("prompts", 4, 32)]
+    assert all(row["seconds_per_token"] > 0 for row in rows)
+
+
+def test_rewards_agree_with_the_libraries(meter: Meter):
+    rows, not_run = rewards([], None, meter)
+    assert not not_run
+    assert [(row["metric"], row["text"]) for row in rows] == [
+        ("bleu", "sentence"),
+        ("chrf", "sentence"),
+        ("rouge_l", "sentence"),
+        ("rouge_l", "summary"),
+    ]
+    for row in rows:
+        assert row["largest_difference"] < 1e-9
+        assert row["ratio"] > 0
+    assert rows[3]["words"] > 4 * rows[2]["words"]
+
+
+def test_the_limit_counts_operations(monkeypatch: pytest.MonkeyPatch, meter: Meter):
+    monkeypatch.setitem(step_module.MODELS, "small", TINY)
+    monkeypatch.setattr("esrl.benchmark.limit._SECONDS", 0.05)
+    monkeypatch.setattr("esrl.benchmark.limit._SIZES", (256,))
+    monkeypatch.setattr("esrl.benchmark.limit._COPIED", 1 << 20)
+    rows, _ = limit(["small"], (3,), meter)
+    quantities = [row["quantity"] for row in rows]
+    assert quantities == ["matrix products", "copy", "stage one, small", "stage two, small"]
+    assert all(row["giga_per_second"] > 0 for row in rows)
+    assert all(0 < row["share"] < 1 for row in rows[2:])
+
+
+def test_operations_per_token_are_those_of_the_matrix_products(folders: dict[str, Path]):
+    """Stage one: 2 operations for each weight of the decoder and the projection, and some for attention."""
+    with ContestantProcess(job("esrl", folders["esrl"], "step")) as process:
+        process.ask(dataclasses.asdict(job("esrl", folders["esrl"], "step")))
+        operations = process.ask({"count": 1})["operations"]
+    # query, key, value and output of both attentions but for the shared keys and values, two of width x inner width,
+    # and the projection: 6 * 32 * 32 + 2 * 32 * 64 + 600 * 32 = 29,440 weights; rows that have ended but not left the
+    # batch, the encoder (10 tokens for 40 samples) and attention come on top
+    assert 1.0 < operations["sample"] / (2 * 29_440) < 1.35
+    # forward once, backward twice
+    assert 2.9 < operations["score"] / (2 * 29_440) < 4.0
+    assert operations["reward"] == operations["update"] == 0

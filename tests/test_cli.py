@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 
 from esrl import cli
 from esrl.cli import COMMANDS, main
-from esrl.config import MLEConfig, RLConfig, merge, pinned
-from esrl.errors import EsrlError, LockedError, NumericsError, OutOfMemoryError, RewardError, StorageError
+from esrl.config import MLEConfig, RLConfig, pinned
+from esrl.errors import EsrlError
+from esrl.settings import merge
 
 sys.path.insert(0, str(Path(__file__).parent / "training"))
 from run_helpers import STEPS, make_assets, steps_of, values_of, write_config
@@ -87,12 +88,16 @@ TEXTS = {
         "training.metric_for_best_model is 'dev_bleu'; development.metrics gives dev_chrf.",
     ),
     "resume and overwrite": ("resume = true\noverwrite = true", "resume and overwrite exclude each other"),
-    "endless": ("[training]\neval_steps = 3", "without any of them a run never ends"),
+    "endless": ("[training]\nnum_epochs = false\neval_steps = 3", "without any of them a run never ends"),
     "longer than the model": (
         "[sampling]\nmax_new_tokens = 81",
         "max_new_tokens is 81, but the model has 80 positions",
     ),
     "missing data": ("[data]\npath = 'nosuch.jsonl'", "nosuch.jsonl: no such file"),
+    "missing root": (
+        "[data]\nroot = 'nowhere'\nsource = 'a.de'",
+        "(--data.root), or fetch them there: `esrl data multi30k`",
+    ),
     "missing source": ("[data]\nsource = 'nosuch.de'", "nosuch.de: no such file"),
     "bad data": ("[data]\npath = 'bad.jsonl'", "bad.jsonl:2: "),
     "missing model": ("model = 'nosuch'", "nosuch: no such folder."),
@@ -121,6 +126,10 @@ FLAGS = {
     "out of bounds": (["--optimizer.learning-rate", "-1"], "learning_rate is -1.0; it must lie in (0, "),
     "not finite": (["--objective.alpha", "nan"], "alpha is nan; it must be above 0 and finite."),
     "wrong choice": (["--method", "ppo2"], "'ppo2'"),
+    "method without its objective": (
+        ["--method", "mrt", "--objective.kind", "fused"],
+        "method 'mrt' needs objective.kind 'mrt', but it is 'fused'.",
+    ),
     "missing value": (["--seed"], "--seed"),
     "missing data": (["--data.path", "nosuch.jsonl"], "nosuch.jsonl: no such file"),
     "missing model": (["--model", "nosuch"], "nosuch: no such folder."),
@@ -252,40 +261,6 @@ def test_what_a_command_needs_of_the_data_is_said(assets, tmp_path, capsys):
     assert "needs the column 'reference'" in fails(capsys, 2, "rl", config)
 
 
-CODES = [
-    (ValueError("a\nb"), 2, "esrl: a b"),
-    (RewardError("reward"), 3, "esrl: reward"),
-    (NumericsError("loss"), 4, "esrl: loss"),
-    (OutOfMemoryError("memory"), 5, "esrl: memory"),
-    (MemoryError(), 5, "esrl: MemoryError"),
-    (StorageError("disk"), 6, "esrl: disk"),
-    (LockedError("locked"), 7, "esrl: locked"),
-    (RuntimeError("nobody\nforesaw it"), 1, "esrl: RuntimeError: nobody foresaw it (--debug shows where)."),
-]
-
-
-@pytest.mark.parametrize(("error", "code", "line"), CODES, ids=[type(error).__name__ for error, _, _ in CODES])
-def test_every_failure_has_its_exit_code_and_a_traceback_only_on_demand(monkeypatch, capsys, error, code, line):
-    def fail(words: list[str]) -> int:
-        raise error
-
-    monkeypatch.setitem(cli.COMMANDS, "rl", fail)
-    assert fails(capsys, code, "rl") == line
-    for words in (["rl", "--debug"], ["--debug", "rl"]):
-        assert main(words) == code
-        said = capsys.readouterr().err
-        assert said.startswith("Traceback") and "in fail\n" in said and said.splitlines()[-1] == line
-
-
-def test_interrupted_before_the_run_has_begun(monkeypatch, capsys):
-    def interrupt(words: list[str]) -> int:
-        raise KeyboardInterrupt
-
-    monkeypatch.setitem(cli.COMMANDS, "rl", interrupt)
-    assert main(["rl"]) == 130
-    assert "Traceback" not in capsys.readouterr().err
-
-
 def test_help_and_version(capsys):
     for words in ([], ["--help"], ["help"]):
         assert main(words) == 0
@@ -312,9 +287,9 @@ def test_flags_beat_the_file_which_beats_its_method_s_preset(assets, tmp_path, c
     assert (config.seed, config.baseline.kind) == (3, "leave_one_out")  # the file's
     assert (config.objective.kind, config.allocation.fixed_temperature) == ("reinforce", 0.95)  # the preset's
     assert config.optimizer.adam_beta2 == 0.98  # the class's
-    words = ["--seed", "4", "--objective.kind", "mrt", "--optimizer.learning-rate", "5e-5"]
+    words = ["--seed", "4", "--allocation.allocator", "esrl", "--optimizer.learning-rate", "5e-5"]
     config = configured("rl", file, *words)
-    assert (config.seed, config.objective.kind, config.optimizer.learning_rate) == (4, "mrt", 5e-5)
+    assert (config.seed, config.allocation.allocator, config.optimizer.learning_rate) == (4, "esrl", 5e-5)
     for words in (["--method", "mrt"], ["--method=mrt"]):
         config = configured("rl", file, *words, "--allocation.fixed-temperature", "0.7")
         assert (config.method, config.objective.kind, config.baseline.kind) == (
@@ -336,6 +311,18 @@ def test_flags_alone_are_enough(assets, tmp_path, configured, monkeypatch):
     config = configured("mle", "--output-dir", "out", "--data.source", "train.de", "--data.reference", "train.en")
     assert isinstance(config, MLEConfig) and config.data.source is not None
     assert config.data.resolve(config.data.source) == assets / "train.de"
+
+
+def test_a_table_as_a_flag_replaces_the_file_s_parallel_text(assets, tmp_path, configured):
+    values = values_of("rl", assets, tmp_path / "out")
+    for data, words in (
+        ({"source": "a.de", "reference": "a.en", "limit": 3}, ["--data.path", str(assets / "train.jsonl")]),
+        ({"path": "a.tsv", "limit": 3}, ["--data.source", "b.de", "--data.reference", "b.en"]),
+    ):
+        config = configured("rl", write_config(tmp_path / "run.toml", values | {"data": data}), *words)
+        assert config.data.limit == 3
+        given = [name for name in ("path", "source", "reference") if getattr(config.data, name) is not None]
+        assert given == [word.removeprefix("--data.") for word in words[::2]]
 
 
 def test_paths_of_the_file_start_from_it_and_those_of_flags_from_here(assets, tmp_path, configured, monkeypatch):

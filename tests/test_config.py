@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 import sys
 import tomllib
@@ -13,6 +14,7 @@ from typing import Any, get_type_hints
 import pytest
 import tomli_w
 
+import esrl
 from esrl.algorithm.allocation import AllocationConfig
 from esrl.algorithm.baselines import BaselineConfig
 from esrl.algorithm.objectives import ObjectiveConfig
@@ -20,17 +22,15 @@ from esrl.config import (
     METHODS,
     MLEConfig,
     RLConfig,
-    build,
+    data_of_flags,
     locate,
-    merge,
     pinned,
-    read_toml,
     settle,
     signature,
-    to_toml,
     with_method,
 )
 from esrl.data.readers import DataConfig
+from esrl.settings import build, merge, read_toml, to_toml
 
 sys.path.insert(0, str(Path(__file__).parent / "training"))
 from run_helpers import make_assets, mle_config, rl_config
@@ -277,3 +277,85 @@ def test_the_signature_says_what_the_run_was():
     )
     config = make(reward={"names": ["chrf", "rouge_l"]}, capability={"estimator": "entropy"})
     assert "|cap:entropy|k:20|beta:0.3|tau:0.6-1.0|obj:fused|base:fifo-1000|" in signature(config)
+
+
+def test_a_method_in_python_brings_its_settings_and_they_may_be_overridden():
+    own: dict[str, Any] = {"allocation": {"max_samples": 7}, "baseline": {"kind": "leave_one_out"}}
+    config = esrl.rl_config("mrt", **MINIMAL, **own)
+    assert config == make(with_method({"method": "mrt", **own}, METHODS, None))
+    assert (config.method, config.objective.kind, config.allocation.allocator) == ("mrt", "mrt", "uniform")
+    assert esrl.rl_config("reinforce", **MINIMAL, allocation={"allocator": "esrl"}).allocation.allocator == "esrl"
+    with pytest.raises(ValueError, match="rl_config: method is 'ppo'; choose one of esrl, reinforce, mrt"):
+        esrl.rl_config("ppo", **MINIMAL)
+    with pytest.raises(ValueError, match=r"rl_config: unknown key alocation. Did you mean allocation?"):
+        esrl.rl_config("mrt", **MINIMAL, alocation={})
+
+
+def test_a_method_without_its_settings_is_refused():
+    """It would train ESRL under another name."""
+    parts: dict[str, Any] = {"output_dir": Path("run"), "model": "model", "data": DataConfig(path="train.jsonl")}
+    with pytest.raises(ValueError, match=r"method 'mrt' needs objective.kind 'mrt', but it is 'fused'.*rl_config"):
+        RLConfig(method="mrt", **parts)
+    with pytest.raises(ValueError, match=r"method 'mrt' needs objective.kind 'mrt'"):
+        dataclasses.replace(esrl.rl_config("mrt", **MINIMAL), objective=ObjectiveConfig(kind="reinforce"))
+    with pytest.raises(ValueError, match="method is 'ppo'; choose one of esrl, reinforce, mrt"):
+        RLConfig(method="ppo", **parts)  # type: ignore[arg-type]
+    assert RLConfig(objective=ObjectiveConfig(kind="mrt"), **parts).method == "esrl"
+
+
+def test_public_names_are_there():
+    assert all(getattr(esrl, name) is not None for name in esrl.__all__)
+
+
+def test_a_section_keeps_the_defaults_it_has_here():
+    """A run ends after 10 epochs, whatever else is said of its training, unless that is unset."""
+    assert make().training.num_epochs == 10
+    assert make(training={"save_steps": 7}).training.num_epochs == 10
+    unset = make(training={"num_epochs": False, "max_steps": 5})
+    assert (unset.training.num_epochs, unset.training.max_steps) == (None, 5)
+    assert to_toml(unset)["training"]["num_epochs"] is False
+    assert build(RLConfig, to_toml(unset), "again") == unset
+    with pytest.raises(ValueError, match="without any of them a run never ends"):
+        make(training={"num_epochs": False})
+
+
+def test_a_flag_of_one_kind_of_data_replaces_the_other_kind_of_the_file():
+    text, table = {"root": "r", "source": "a.de", "reference": "a.en", "limit": 3}, {"root": "r", "path": "a.tsv"}
+
+    def kept(values: dict[str, Any], **flags: str) -> dict[str, Any]:
+        given = {f"--{name.replace('_', '.')}": value for name, value in flags.items()}
+        return data_of_flags(values, given.get)
+
+    assert kept({"data": text}, data_path="b.tsv") == {"data": {"root": "r", "limit": 3, "path": "b.tsv"}}
+    assert kept({"data": table}, data_source="b.de") == {"data": {"root": "r", "source": "b.de"}}
+    assert kept({"data": text}, data_source="b.de") == {"data": text}  # the flag itself replaces it
+    assert kept({"data": table}, development_data_source="b.de") == {"data": table}
+    development = kept({"data": table, "development": {"data": text, "metrics": []}}, development_data_path="b.tsv")
+    assert development["development"] == {"data": {"root": "r", "limit": 3, "path": "b.tsv"}, "metrics": []}
+    assert kept({"data": 3}, data_path="b.tsv") == {"data": 3}  # `build` says what is wrong with it
+
+
+def test_a_home_folder_in_a_flag_is_found(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    before = build(RLConfig, merge(MINIMAL, {"data": {"path": "~/a.tsv"}}), "file", Path("/configs"))
+    after = settle(before, Path("/configs"), {"--data.path"}).data
+    assert after.resolve(after.path or "") == Path("/home/somebody/a.tsv")
+
+
+PROJECT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted((PROJECT / "configs").rglob("*.toml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_the_configs_are_sound_and_point_into_the_project(path):
+    assert len(CONFIGS) == 4
+    folder = path.resolve().parent
+    cls: Any = RLConfig if path.name == "rl.toml" else MLEConfig
+    values = locate(read_toml(path), folder)
+    if cls is RLConfig:
+        values = with_method(values, METHODS, None)
+    config = settle(build(cls, values, str(path), folder), folder)
+    places = [config.output_dir, config.data.resolve(config.data.path or config.data.source)]
+    places += [Path(config.model)] if cls is RLConfig else []
+    for place in places:
+        assert Path(os.path.normpath(place)).is_relative_to(PROJECT)

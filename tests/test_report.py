@@ -459,3 +459,82 @@ def test_a_long_run_is_quick_and_small(tmp_path):
     page = write_report([run], tmp_path / "report.html")
     assert time.perf_counter() - start < 5
     assert page.stat().st_size < 3_000_000
+
+
+def benchmark_results() -> dict:
+    """What `esrl benchmark --json` prints, in short; names with markup, as a contestant's failure may have."""
+    place = {"model": "base", "samples": 15, "workload": "random model, 16 prompts <b>", "parameters": 50}
+    rate = {"median": 2000.0, "min": 1900.0, "max": 2100.0}
+    step = {
+        **place,
+        "prompts": 16,
+        "rows": 240,
+        "vocabulary": 12000,
+        "max_new_tokens": 60,
+        "seconds": rate,
+        "seconds_per_token": 2e-3,
+        "peak_memory_mb": 411.0,
+        "esrl_speedup": 1.0,
+    }
+    return {
+        "stage_one": [
+            {
+                **place,
+                "contestant": name,
+                "source_tokens": 20,
+                "tokens_per_second": rate,
+                "peak_memory_mb": 80.0,
+                "esrl_speedup": speedup,
+            }
+            for name, speedup in (("esrl", 1.0), ("generate", 7.25))
+        ],
+        "step": [step | {"contestant": "esrl"}, step | {"contestant": "naive", "esrl_speedup": 5.5}],
+        "memory": [
+            step | {"contestant": "esrl", "varied": "samples", "samples": k, "peak_memory_mb": 400.0 + k}
+            for k in (4, 16, 64)
+        ],
+        "scale": [
+            step | {"contestant": "esrl", "varied": "prompts", "prompts": count, "rows": 8 * count} for count in (8, 64)
+        ],
+        "rewards": [
+            {
+                "metric": "rouge_l",
+                "words": 12.4,
+                "reference": "rouge-score",
+                "sentences_per_second": rate,
+                "reference_per_second": rate,
+                "ratio": 61.0,
+                "largest_difference": 0.0,
+            }
+        ],
+        "limit": [{"quantity": "stage two, base", "giga_per_second": 143.2, "unit": "operations", "share": 0.65}],
+        "not_run": [
+            {"contestant": "ctranslate2-int8", "model": "base", "samples": 15, "reason": "<script>no</script>"}
+        ],
+        "machine": {"platform": "Linux", "packages": {"torch": "2.13.0"}},
+    }
+
+
+def test_a_benchmark_has_its_page(tmp_path):
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps(benchmark_results()))
+    page = write_report([results], tmp_path / "results.html").read_text()
+    for title in ("Stage one", "A whole optimizer step", "Peak memory", "Scale", "Rewards", "The limit", "Not run"):
+        assert title in page
+    for figure in ("7.25", "5.5", "464", "143.2", "0.65", "rouge-score", "2.13.0"):
+        assert figure in page
+    assert page.count("<svg") == 4  # stage one, step, memory by samples, scale by prompts
+    assert "<script" not in page and "16 prompts &lt;b&gt;" in page
+    # sections that were not asked for are simply not there
+    results.write_text(json.dumps({"machine": {}, "rewards": benchmark_results()["rewards"], "not_run": []}))
+    page = write_report([results], tmp_path / "results.html").read_text()
+    assert "Rewards" in page and "Stage one" not in page and "Not run" not in page
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "no readable JSON"), ("[]", "is no benchmark"), ("{}", "machine")])
+def test_another_file_is_no_benchmark(tmp_path, text, message):
+    results = tmp_path / "results.json"
+    results.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        write_report([results], tmp_path / "page.html")
+    assert "results.json" in str(error.value)

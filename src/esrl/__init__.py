@@ -1,9 +1,10 @@
 """Efficient sampling-based reinforcement learning for sequence generation (ESRL, AAAI 2024).
 
-Every command is a function of the same name and config, and the parts can be used on their own::
+The commands are functions of a configuration, and the parts can be used on their own::
 
     import esrl
-    result = esrl.rl(esrl.RLConfig(model="runs/mle/model", output_dir=Path("runs/esrl"), data=...))
+    config = esrl.rl_config("esrl", model="runs/mle/model", output_dir="runs/esrl", data={"path": "train.tsv"})
+    result = esrl.rl(config)
 
     plan = esrl.allocate(torch.tensor([0.1, 0.4]), esrl.AllocationConfig(max_samples=10))
 """
@@ -30,6 +31,7 @@ _PUBLIC = {
     "objective_loss": "esrl.algorithm.objectives",
     "DataConfig": "esrl.data.readers",
     "load_examples": "esrl.data.readers",
+    "DecodingConfig": "esrl.evaluation.decode",
     "load_policy": "esrl.models.seq2seq",
     "RewardConfig": "esrl.rewards.calling",
     "build_reward": "esrl.rewards.calling",
@@ -41,11 +43,18 @@ _PUBLIC = {
     "SamplingConfig": "esrl.sampling.engine",
     "StageTwo": "esrl.training.gradient",
     "GradientConfig": "esrl.training.gradient",
+    "LoopConfig": "esrl.training.loop",
+    "LikelihoodConfig": "esrl.training.mle",
+    "OptimizerConfig": "esrl.training.optimization",
+    "StepConfig": "esrl.training.method",
     "Prompts": "esrl.types",
     "Rollouts": "esrl.types",
     "SamplingPlan": "esrl.types",
+    "DevelopmentConfig": "esrl.config",
     "MLEConfig": "esrl.config",
+    "ModelConfig": "esrl.config",
     "RLConfig": "esrl.config",
+    "rl_config": "esrl.config",
     "RunResult": "esrl.commands",
     "mle": "esrl.commands",
     "rl": "esrl.commands",
@@ -73,12 +82,17 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from esrl.algorithm.objectives import ObjectiveConfig, RewardedSamples, coefficients, objective_loss
     from esrl.apply import EvaluateConfig, GenerateConfig, evaluate, generate
     from esrl.commands import RunResult, mle, rl
-    from esrl.config import MLEConfig, RLConfig
+    from esrl.config import DevelopmentConfig, MLEConfig, ModelConfig, RLConfig, rl_config
     from esrl.data.readers import DataConfig, load_examples
+    from esrl.evaluation.decode import DecodingConfig
     from esrl.models.seq2seq import load_policy
     from esrl.report import write_report
     from esrl.rewards.calling import RewardConfig, build_reward
     from esrl.rewards.text import BLEU, ChrF, ExactMatch, RougeL
     from esrl.sampling.engine import EngineSampler, SamplingConfig
     from esrl.training.gradient import GradientConfig, StageTwo
+    from esrl.training.loop import LoopConfig
+    from esrl.training.method import StepConfig
+    from esrl.training.mle import LikelihoodConfig
+    from esrl.training.optimization import OptimizerConfig
     from esrl.types import Prompts, Rollouts, SamplingPlan

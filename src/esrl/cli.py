@@ -8,7 +8,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ esrl: reinforcement learning for sequence generation that spends its samples whe
   esrl plan CONFIG.toml            how would the sampling budget be spent? no training
   esrl evaluate MODEL              decode and score a test set, paired bootstrap, --json
   esrl generate MODEL              lines in, lines out
-  esrl report RUN [RUN ...]        one HTML file from one or several runs
+  esrl report RUN [RUN ...]        one HTML file from one or several runs, or from a benchmark's results
   esrl benchmark                   stage one against its peers on this machine
 
 `esrl COMMAND --help` shows every setting. Settings come from the class defaults, then the TOML file, then flags:
@@ -50,35 +50,61 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _guarded(name: str, rest: list[str], debug: bool) -> int:
     """Run a command; every expected failure becomes one line and its exit code."""
-    from esrl.errors import EsrlError, Interrupted
+    from esrl.errors import Interrupted
 
     try:
         if name not in COMMANDS:
             return _fail(_unknown(name), 2)
         _quiet()
-        return COMMANDS[name](rest)
-    except SystemExit as error:  # --help
-        return int(error.code or 0)
+        code = COMMANDS[name](rest)
+        sys.stdout.flush()  # a reader that has gone is noticed here, not when Python ends
+        return code
+    except SystemExit as error:  # --help; and rich ends the program by it when nobody reads its tables any more
+        return 0 if isinstance(error.__context__, BrokenPipeError) else int(error.code or 0)
     except Interrupted as error:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        sys.stderr.close()  # whoever read our output has seen enough
-        return 0
-    except (EsrlError, ValueError, MemoryError) as error:
+    except Exception as error:  # noqa: BLE001 - the outermost frame: whatever has failed is one line
+        if isinstance(error, BrokenPipeError) and name in PRINTING:
+            _silence_stdout()  # whoever read our output has seen enough
+            return 0
         if debug:
             traceback.print_exc()
-        code = error.exit_code if isinstance(error, EsrlError) else 5 if isinstance(error, MemoryError) else 2
-        return _fail(" ".join(str(error).split()) or type(error).__name__, code)
-    except Exception as error:  # noqa: BLE001 - the outermost frame: what nobody foresaw is one line, too
-        if debug:
-            traceback.print_exc()
-        return _fail(f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where).", 1)
+        return _fail(*_described(error))
+
+
+def _described(error: Exception) -> tuple[str, int]:
+    """A failure's one line and exit code."""
+    from esrl.errors import EsrlError
+
+    name, text = type(error).__name__, " ".join(str(error).split())
+    if isinstance(error, EsrlError | ValueError):
+        return text or name, error.exit_code if isinstance(error, EsrlError) else 2
+    is_network = isinstance(error, ConnectionError | TimeoutError)
+    # safetensors writes in Rust, and has an error of its own for a full disk
+    if name == "SafetensorError" or (isinstance(error, OSError) and not is_network):
+        remedy = "Check the disk, and the one for temporary files (TMPDIR), where models are exported first."
+        return f"{name}: {text.rstrip('.')}. {remedy}", 6
+    from esrl.training.oom import is_out_of_memory
+
+    if is_out_of_memory(error):
+        reason = ". ".join(text.split(". ")[:2]).rstrip(".") or name  # what follows is about CUDA's allocator
+        remedy = "Take smaller batches (likelihood.micro_batch_tokens, sampling.max_cache_tokens, --batch-size)."
+        return f"out of memory: {reason}. {remedy}", 5
+    return f"{name}: {text} (--debug shows where).", 1
+
+
+def _silence_stdout() -> None:
+    """Or Python's own flush at its end would fail once more, and change the exit code."""
+    from esrl.training.display import silence
+
+    silence(sys.stdout)
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"esrl: {message}", file=sys.stderr)
+    with suppress(OSError):  # nobody may be there to read it
+        print(f"esrl: {message}", file=sys.stderr)
     return code
 
 
@@ -103,7 +129,8 @@ def _configured(cls: type[Any], name: str, rest: list[str], presets: dict[str, A
     """Class defaults, then the method's preset, then the TOML file, then flags."""
     import tyro
 
-    from esrl.config import build, locate, read_toml, settle, with_method
+    from esrl.config import data_of_flags, locate, settle, with_method
+    from esrl.settings import build, read_toml
 
     file, words = None, list(rest)
     if words and not words[0].startswith("-"):
@@ -114,6 +141,7 @@ def _configured(cls: type[Any], name: str, rest: list[str], presets: dict[str, A
     folder = None if file is None else file.resolve().parent
     if presets is not None:
         values = with_method(values, presets, _flag(words, "--method"))
+    values = data_of_flags(values, lambda name: _flag(words, name))
     if folder is not None:
         values = locate(values, folder)
     default = build(cls, values, str(file or "command line"), folder, missing=tyro.MISSING)
@@ -171,13 +199,20 @@ def _flag(words: Sequence[str], name: str) -> str | None:
 
 def _report_run(result: Any) -> int:
     if result.already_complete:
-        print(f"already complete: {result.steps} steps, nothing to do. {result.model}")
-        return 0
+        return _tell(f"already complete: {result.steps} steps, nothing to do. {result.model}")
     gain = ""
     if result.best_score is not None:
         start = "" if result.start_score is None else f" (start {result.start_score:.2f})"
         gain = f"; best development score {result.best_score:.2f} at step {result.best_step}{start}"
-    print(f"done: {result.steps} steps in {result.seconds:.0f} s{gain}\nmodel: {result.model}")
+    return _tell(f"done: {result.steps} steps in {result.seconds:.0f} s{gain}\nmodel: {result.model}")
+
+
+def _tell(text: str) -> int:
+    """The last words of a run that is done, whether or not somebody still reads them."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _silence_stdout()
     return 0
 
 
@@ -208,7 +243,7 @@ def _evaluate(rest: list[str]) -> int:
     from esrl.apply import EvaluateConfig, evaluate, show_evaluation
 
     config = _flags_only(EvaluateConfig, "evaluate", rest)
-    show_evaluation(evaluate(config), config)
+    evaluate(config, lambda result: show_evaluation(result, config))
     return 0
 
 
@@ -224,8 +259,7 @@ def _report(rest: list[str]) -> int:
     from esrl.report.command import ReportConfig
 
     config = _flags_only(ReportConfig, "report", rest)
-    output = config.output or config.runs[0] / "report.html"
-    print(write_report(config.runs, output))
+    print(write_report(config.runs, config.page))
     return 0
 
 
@@ -250,6 +284,9 @@ def _benchmark(rest: list[str]) -> int:
 
     return run_command(_flags_only(BenchmarkConfig, "benchmark", rest))
 
+
+PRINTING = {"data", "plan", "evaluate", "generate", "report", "benchmark"}
+"""Commands that are done when nobody reads their output any more; a run goes on."""
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "demo": _demo,

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
+import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 
 from esrl.algorithm.streams import stream_key
-from esrl.config import MLEConfig, ModelConfig, RLConfig, RunConfig, pinned, signature, to_toml
+from esrl.config import MLEConfig, ModelConfig, RLConfig, RunConfig, pinned, signature
 from esrl.data.examples import Example, limit_lengths
+from esrl.data.files import nearest
 from esrl.data.readers import DataConfig, load_examples
 from esrl.evaluation.development import Development
 from esrl.evaluation.scores import check_references
@@ -23,14 +26,30 @@ from esrl.models.seq2seq import PRESETS, MarianPolicy, load_policy, new_policy
 from esrl.models.tokenizer import train_tokenizer
 from esrl.report import write_report
 from esrl.rewards.calling import METRICS, build_reward
-from esrl.training.loop import Loop, LoopState, Task, export_folder
+from esrl.settings import to_toml
+from esrl.training.checkpoint import unpack_json
+from esrl.training.display import say
+from esrl.training.loop import Loop, LoopState
+from esrl.training.method import Method
 from esrl.training.mle import MLETask
-from esrl.training.rl import Method, RLTask
-from esrl.training.run_folder import RunFolder, environment, plain
+from esrl.training.rl import RLTask
+from esrl.training.run_folder import RESULT, RunFolder, environment, plain
+from esrl.training.storage import remove_tree
+from esrl.training.task import Task
 
-RESULT, REPORT = "result.json", "report.html"
+REPORT = "report.html"
 START = "start"
 """Where a run from scratch keeps its tokenizer and architecture."""
+
+# they change no result, so a resumed run may have others: a smaller cache where memory ran out, say
+_FREE = {
+    *("gradient.micro_batch_tokens", "gradient.max_prompt_tokens", "gradient.max_logits"),
+    *("likelihood.micro_batch_tokens", "step.logged_prompts"),
+    *("sampling.max_cache_tokens", "sampling.max_prompt_tokens", "sampling.compaction_share", "sampling.max_logits"),
+    *("reward.timeout_seconds", "reward.max_abstain_share", "reward.abstain_window"),
+}
+_MASKS = {"gradient.micro_batch_tokens", "gradient.max_prompt_tokens", "likelihood.micro_batch_tokens"}
+"""What decides which dropout masks are drawn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,25 +73,25 @@ class RunResult:
 def mle(config: MLEConfig) -> RunResult:
     """Maximum likelihood, from scratch or from a model folder."""
     accelerator = _accelerator(config)
-    training = _load(config.data, accelerator.is_main_process)
-    development = _development(config, accelerator.is_main_process)
-    _require(training, ("reference",), "maximum likelihood", config.data)
-    limits = config.likelihood
-
-    def task(run: RunFolder) -> Task:
+    run = _run_folder(config, accelerator)
+    with run.claim():
+        training = _load(config.data, run.is_main)
+        development = _development(config, run.is_main)
+        _require(training, ("reference",), "maximum likelihood", config.data)
         policy = _policy(config, run, training)
         policy.model.to(accelerator.device)
+        limits = config.likelihood
         kept = _within(training, policy, limits.max_source_tokens, limits.max_target_tokens, accelerator)
-        return MLETask(policy, kept, limits, development, config.seed)
-
-    return _train(config, task, training, accelerator, "mle")
+        task = MLETask(policy, kept, limits, development, config.seed)
+        return _train(config, run, task, training, accelerator, "mle")
 
 
 def rl(config: RLConfig) -> RunResult:
     """Reinforcement learning from a trained model."""
     accelerator = _accelerator(config)
-    with make_rl_task(config, accelerator) as task:
-        return _train(config, lambda _: task, task.examples, accelerator, signature(config))
+    run = _run_folder(config, accelerator)
+    with run.claim(), make_rl_task(config, accelerator) as task:
+        return _train(config, run, task, task.examples, accelerator, signature(config))
 
 
 @contextmanager
@@ -101,53 +120,88 @@ def make_rl_task(config: RLConfig, accelerator: Accelerator | None = None) -> It
 
 def _train(
     config: RunConfig,
-    make_task: Callable[[RunFolder], Task],
+    run: RunFolder,
+    task: Task,
     examples: Sequence[Example],
     accelerator: Accelerator,
     label: str,
 ) -> RunResult:
-    """Open the run folder, run the loop, write what a run leaves behind."""
-    _check_best_metric(config)
-    run = RunFolder(
-        config.output_dir,
-        resume=config.resume,
-        overwrite=config.overwrite,
-        save_total_limit=config.training.save_total_limit,
-        is_main=accelerator.is_main_process,
+    """Run the loop and write what a run leaves behind. The folder is begun last, when nothing else can be refused."""
+    fingerprint = _fingerprint(config, examples)
+    tracker = accelerator.log if config.report_to else None
+    loop = Loop(
+        task,
+        config.training,
+        config.optimizer,
+        run,
+        config.seed,
+        _accepted(config, run, fingerprint),
+        None if tracker is None else lambda values, step: tracker(_numbers(values), step=step),
     )
     with run:
         accelerator.wait_for_everyone()
-        if config.report_to and accelerator.is_main_process:
+        if config.report_to and run.is_main:
             accelerator.init_trackers("esrl", config=_flat(config))
-        tracker = accelerator.log if config.report_to else None
-        loop = Loop(
-            make_task(run),
-            config.training,
-            config.optimizer,
-            run,
-            config.seed,
-            _fingerprint(config, examples),
-            None if tracker is None else lambda values, step: tracker(_numbers(values), step=step),
-        )
-        loop.resume()
-        if accelerator.is_main_process and not loop.was_complete:
+        if run.is_main and not run.has_checkpoint and isinstance(config, MLEConfig) and config.model.path is None:
+            run.write_model(task.export(), START)
+        _resume(config, loop, task, fingerprint)
+        if run.is_main and not loop.was_complete:
             run.write_config(to_toml(pinned(config)))
             run.write_json("environment.json", environment() | {"signature": label})
-            print(label, file=sys.stderr)
+            say(label)
         state = loop.run()
         # a run may have been killed between its last checkpoint and its report
-        if accelerator.is_main_process and not (loop.was_complete and _is_finished(run)):
+        if run.is_main and not (loop.was_complete and _is_finished(run, state)):
             _finish(run, state, label)
         accelerator.end_training()
     return _result(config.output_dir, state, loop.was_complete)
 
 
-def _is_finished(run: RunFolder) -> bool:
-    return all((run.path / name).is_file() for name in (RESULT, REPORT))
+def _resume(config: RunConfig, loop: Loop, task: Task, fingerprint: dict[str, Any]) -> None:
+    """Take the run up; accepted changes belong to it from here on."""
+    loop.resume()
+    loop.fingerprint = fingerprint
+    state = loop.state
+    if config.accept_changes and state.batch >= task.num_batches(state.epoch):  # the epoch has become shorter
+        state.epoch, state.batch = state.epoch + 1, 0
+
+
+def _accepted(config: RunConfig, run: RunFolder, fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """The fingerprint with what the checkpoint has at the settings that may differ.
+
+    Raises:
+        ValueError: no such setting is compared.
+    """
+    checkpoint = run.latest() if config.accept_changes else None
+    if checkpoint is None:
+        return fingerprint
+    state: Any = unpack_json(checkpoint.files["state.json"])
+    saved, result = state["fingerprint"], dict(fingerprint)
+    known = sorted({*saved, *fingerprint})
+    for key in config.accept_changes:
+        if key not in known:
+            raise ValueError(
+                f"accept_changes names {key!r}{nearest(key, known)}, which no resumed run is held to; leave it out."
+            )
+        before, now = saved.get(key), fingerprint.get(key)
+        if run.is_main and before != now:
+            say(f"accepted: {key} was {before!r} and is {now!r} from here on")
+        result[key] = before
+    return result
+
+
+def _is_finished(run: RunFolder, state: LoopState) -> bool:
+    """Whether the result is that of this state: a run that was extended has left an older one."""
+    try:
+        result = json.loads((run.path / RESULT).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(result, dict) and result.get("steps") == state.step and (run.path / REPORT).is_file()
 
 
 def _finish(run: RunFolder, state: LoopState, label: str) -> None:
     started = time.monotonic()
+    remove_tree(run.path / REPORT)  # an older one must not stand beside the new result
     result = {
         "signature": label,
         "steps": state.step,
@@ -158,7 +212,7 @@ def _finish(run: RunFolder, state: LoopState, label: str) -> None:
     }
     run.write_json(RESULT, result)
     write_report([run.path], run.path / REPORT)
-    print(f"report: {run.path / REPORT} ({time.monotonic() - started:.1f} s)", file=sys.stderr)
+    say(f"report: {run.path / REPORT} ({time.monotonic() - started:.1f} s)")
 
 
 def _result(folder: Path, state: LoopState, already_complete: bool) -> RunResult:
@@ -174,14 +228,40 @@ def _result(folder: Path, state: LoopState, already_complete: bool) -> RunResult
 
 
 def _accelerator(config: RunConfig) -> Accelerator:
+    """Accelerate's handle on processes, device and trackers; it would pass over a tracker that is not installed."""
+    installed = {str(name) for name in get_available_trackers()}
+    for name in config.report_to:
+        if name in LoggerType and name != "all" and name not in installed:
+            raise ValueError(f"report_to names {name!r}, whose package is not installed: pip install {name}.")
     trackers = list(config.report_to)
     return Accelerator(log_with=trackers or None, project_dir=config.output_dir if trackers else None)
+
+
+def _run_folder(config: RunConfig, accelerator: Accelerator) -> RunFolder:
+    """The run's folder, not begun; what the configuration alone shows to be wrong is refused."""
+    _check_best_metric(config)
+    model = config.model if isinstance(config, RLConfig) else None
+    model = config.model.path if isinstance(config, MLEConfig) else model
+    if config.overwrite and model is not None and Path(model).exists():
+        inside = Path(model).resolve().is_relative_to(config.output_dir.resolve())
+        if inside:
+            raise ValueError(
+                f"the model to start from, {model}, lies in {config.output_dir}, which --overwrite deletes. "
+                "Choose another output_dir, or copy the model elsewhere first."
+            )
+    return RunFolder(
+        config.output_dir,
+        resume=config.resume,
+        overwrite=config.overwrite,
+        save_total_limit=config.training.save_total_limit,
+        is_main=accelerator.is_main_process,
+    )
 
 
 def _load(data: DataConfig, show: bool) -> Sequence[Example]:
     loaded = load_examples(data)
     if show:
-        print(loaded.report, file=sys.stderr)
+        say(loaded.report)
     return loaded.examples
 
 
@@ -227,9 +307,7 @@ def _within(
         rule="skip",
     )
     if accelerator.is_main_process and report.skipped:
-        print(report, file=sys.stderr)
-    if not kept:
-        raise ValueError("no training example is left within the length limits; raise max_source_tokens.")
+        say(report)
     return kept
 
 
@@ -238,25 +316,24 @@ def _policy(config: MLEConfig, run: RunFolder, training: Sequence[Example]) -> M
     model: ModelConfig = config.model
     if model.path is not None:
         return load_policy(model.path)
-    start = run.path / START
     if not run.has_checkpoint:  # a start that no checkpoint goes back to may be another configuration's
         texts = [text for example in training for text in (example.columns["source"], example.columns["reference"])]
         tokenizer = train_tokenizer(texts, model.vocab_size, model.max_length)
-        policy = new_policy(PRESETS[model.preset], tokenizer, model.max_length, config.seed)
-        if run.is_main:
-            run.write_model(export_folder(policy.save), START)
-        return policy
-    return load_policy(start)
+        return new_policy(PRESETS[model.preset], tokenizer, model.max_length, config.seed)
+    return load_policy(run.path / START)
 
 
 def _fingerprint(config: RunConfig, examples: Sequence[Example]) -> dict[str, Any]:
-    """What must be the same when a run is resumed: every setting but those of length, saving and looking, and the
-    data."""
-    free = {"output_dir", "resume", "overwrite", "report_to", "training", "development", "data"}
+    """What must be the same when a run is resumed: the data, and every setting that has a say in the result and is not
+    of length, saving and looking."""
+    free = {"output_dir", "report_to", "training", "development", "data"}
     settings = {key: value for key, value in to_toml(pinned(config)).items() if key not in free}
     digest = stream_key(*(example.id for example in examples))
     flat = _flatten(settings)
-    return {**flat, "data": f"{len(examples)} examples, {digest:032x}"}
+    has_dropout = flat.get("gradient.dropout") or flat.get("likelihood.dropout")
+    ignored = _FREE - _MASKS if has_dropout else _FREE
+    held = {key: value for key, value in flat.items() if key not in ignored}
+    return {**held, "data": f"{len(examples)} examples, {digest:032x}"}
 
 
 def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,18 +1,13 @@
-"""The composition root: one dataclass a command, read from TOML, then from flags, then put together."""
+"""The composition root: one dataclass a command, and what methods, paths and flags mean for it."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
 import os
-import tomllib
-import types
-import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar
 
 from esrl import __version__
 from esrl.algorithm.allocation import AllocationConfig
@@ -24,11 +19,12 @@ from esrl.data.tables import is_table_name
 from esrl.evaluation.decode import DecodingConfig
 from esrl.rewards.calling import RewardConfig
 from esrl.sampling.engine import SamplingConfig
+from esrl.settings import build, merge
 from esrl.training.gradient import GradientConfig
 from esrl.training.loop import LoopConfig
+from esrl.training.method import StepConfig
 from esrl.training.mle import LikelihoodConfig
 from esrl.training.optimization import OptimizerConfig
-from esrl.training.rl import StepConfig
 
 Config = TypeVar("Config")
 MethodName = Literal["esrl", "reinforce", "mrt"]
@@ -97,8 +93,11 @@ class RunConfig:
     """Trackers of Accelerate: tensorboard, wandb, trackio, mlflow, ..."""
     resume: bool = False
     """Go on with the run in output_dir."""
+    accept_changes: tuple[str, ...] = ()
+    """With resume: settings that may differ from the run's own, such as objective.alpha, or data; from here on the new
+    ones hold."""
     overwrite: bool = False
-    """Delete the run in output_dir first."""
+    """Delete the run in output_dir, once everything the new one needs is found to be there."""
     data: DataConfig
     """Training examples."""
     development: DevelopmentConfig = field(default_factory=DevelopmentConfig)
@@ -106,7 +105,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW and its schedule."""
     training: LoopConfig = field(default_factory=lambda: LoopConfig(num_epochs=10))
-    """Length of the run, evaluation, saving."""
+    """Length of the run (10 epochs, unless num_epochs says otherwise), evaluation, saving."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +125,8 @@ class RLConfig(RunConfig):
     model: str
     """The Marian-type folder or hub name to start from."""
     method: MethodName = "esrl"
-    """esrl, reinforce or mrt: names for settings of allocation, objective and baseline, which may be overridden."""
+    """esrl, reinforce or mrt: names for settings of allocation, objective and baseline. A TOML file, flags and
+    `esrl.rl_config` fill them in; they may be overridden, but for the objective of reinforce and mrt."""
     step: StepConfig = field(default_factory=StepConfig)
     """Batch, duplicates."""
     allocation: AllocationConfig = field(default_factory=AllocationConfig)
@@ -143,6 +143,29 @@ class RLConfig(RunConfig):
     """Memory of stage two."""
     reward: RewardConfig = field(default_factory=RewardConfig)
     """What is optimized."""
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method is {self.method!r}; choose one of {', '.join(METHODS)}.")
+        kind = METHODS[self.method]["objective"]["kind"]
+        # esrl is the name of whatever is composed by hand; the others would be wrong names without their objective
+        if self.method != "esrl" and self.objective.kind != kind:
+            raise ValueError(
+                f"method {self.method!r} needs objective.kind {kind!r}, but it is {self.objective.kind!r}. Leave "
+                f"objective.kind out; in Python, esrl.rl_config({self.method!r}, ...) sets what the method needs."
+            )
+
+
+def rl_config(method: str, **values: Any) -> RLConfig:
+    """An RL configuration: the settings of a method and, above them, ``values``, nested as in a TOML file.
+
+        rl_config("mrt", model="runs/mle/model", output_dir="runs/mrt", data={"path": "train.tsv"},
+                  allocation={"max_samples": 10})
+
+    Raises:
+        ValueError: an unknown method or key (with the nearest one), a wrong type or a value out of bounds.
+    """
+    return build(RLConfig, with_method({**values, "method": method}, METHODS, None), "rl_config")
 
 
 def signature(config: RLConfig) -> str:
@@ -203,133 +226,31 @@ def with_method(values: dict[str, Any], presets: Mapping[str, dict[str, Any]], f
     """A file's own method comes below what the file says; another one, given as a flag, above it."""
     named = values.get("method", "esrl")
     if flag is not None and flag in presets and flag != named:
-        return merge(values, presets[flag])
+        return merge(values, {**presets[flag], "method": flag})
     return merge(presets.get(named, {}) if isinstance(named, str) else {}, values)
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """A TOML file as a dict.
+def data_of_flags(values: dict[str, Any], flag: Callable[[str], str | None]) -> dict[str, Any]:
+    """The file's values without the parallel text for which a flag names a table, or the other way round.
 
-    Raises:
-        ValueError: no such file, or no valid TOML, with the line.
+    Args:
+        flag: the value of a flag by its name, such as ``--data.path``; None where it was not given.
     """
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise ValueError(f"{path}: {reason}. Give a TOML file; configs/ has commented examples.") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path}: {error}.") from error
-
-
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dicts, the second one winning."""
-    result = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
-        result[key] = merge(result[key], value) if both else value
+    result = dict(values)
+    if isinstance(data := values.get("data"), Mapping):
+        result["data"] = _kind_of_flags(data, "--data", flag)
+    development = values.get("development")
+    if isinstance(development, Mapping) and isinstance(data := development.get("data"), Mapping):
+        result["development"] = {**development, "data": _kind_of_flags(data, "--development.data", flag)}
     return result
 
 
-def build(
-    cls: type[Config],
-    values: Mapping[str, Any],
-    origin: str,
-    folder: Path | None = None,
-    where: str = "",
-    missing: Any = None,
-) -> Config:
-    """Make a config dataclass from nested values, checking every key and type.
-
-    Args:
-        origin: what to name in errors, the file.
-        folder: relative paths are resolved against it.
-        missing: what stands for a required key that is absent; None makes that an error.
-
-    Raises:
-        ValueError: an unknown key (with the nearest one), a missing key, a wrong type or a value out of bounds.
-    """
-    hints = get_type_hints(cls)
-    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    arguments: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{where}{key}"
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1, 0.5)
-            hint = f" Did you mean {where}{near[0]}?" if near else f" There are: {', '.join(known)}."
-            raise ValueError(f"{origin}: unknown key {name}.{hint}")
-        # where there is a root, the other paths start from it
-        start = None if "root" in known and key != "root" else folder
-        arguments[key] = _convert(value, hints[key], origin, start, name)
-    for key, entry in known.items():
-        required = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
-        if required and key not in arguments and missing is not None:
-            arguments[key] = _blank(hints[key]) if dataclasses.is_dataclass(hints[key]) else missing
-        elif required and key not in arguments:
-            raise ValueError(f"{origin}: {where}{key} is missing. {_doc_hint(key)}")
-    try:
-        return cls(**arguments)
-    except ValueError as error:
-        raise ValueError(f"{origin}: {where.rstrip('.') + ': ' if where else ''}{error}") from error
-
-
-def _blank(cls: Any) -> Any:
-    """The defaults without the checks, which flags may still satisfy."""
-    instance = object.__new__(cls)
-    for entry in dataclasses.fields(cls):
-        object.__setattr__(instance, entry.name, entry.default)
-    return instance
-
-
-def _doc_hint(key: str) -> str:
-    hints = {
-        "model": 'Set it to a model folder: model = "runs/mle/model".',
-        "output_dir": 'Set the run\'s folder: output_dir = "runs/NAME".',
-        "data": "Add a [data] table that says where the examples are.",
-    }
-    return hints.get(key, "Set it.")
-
-
-def _convert(value: Any, hint: Any, origin: str, folder: Path | None, name: str) -> Any:  # noqa: C901
-    """One value to its declared type, or an error that says both."""
-    kind = get_origin(hint)
-    if kind in (typing.Union, types.UnionType):
-        options = [option for option in get_args(hint) if option is not type(None)]
-        if value is False and bool not in options and len(options) < len(get_args(hint)):
-            return None  # TOML has no null: `false` unsets what may be unset
-        return _convert(value, options[0] if len(options) == 1 else _pick(value, options), origin, folder, name)
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{origin}: {name} is {value!r}; it must be a table, [{name}].")
-        return build(hint, value, origin, folder, f"{name}.")
-    if kind is Literal:
-        if value not in get_args(hint):
-            choices = ", ".join(map(str, get_args(hint)))
-            raise ValueError(f"{origin}: {name} is {value!r}; choose one of {choices}.")
-        return value
-    if kind is tuple:
-        if not isinstance(value, list | tuple):
-            raise ValueError(f"{origin}: {name} is {value!r}; it must be a list.")
-        return tuple(_convert(item, get_args(hint)[0], origin, folder, name) for item in value)
-    if hint is Path and isinstance(value, str | Path):
-        path = Path(value).expanduser()
-        return path if folder is None or path.is_absolute() else Path(os.path.normpath(folder / path))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ValueError(f"{origin}: {name} is {value!r}; it must be {_article(hint)}.")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{origin}: {name} is {value}; it must be finite.")
-    return value
-
-
-def _pick(value: Any, options: Sequence[Any]) -> Any:
-    return next((option for option in options if isinstance(option, type) and isinstance(value, option)), options[0])
-
-
-def _article(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", Path: "a path"}
-    return names.get(hint, str(hint))
+def _kind_of_flags(data: Mapping[str, Any], prefix: str, flag: Callable[[str], str | None]) -> dict[str, Any]:
+    for name, other in (("path", ("source", "reference")), ("source", ("path",))):
+        value = flag(f"{prefix}.{name}")
+        if value is not None and other[0] in data:
+            return {key: kept for key, kept in data.items() if key not in other} | {name: value}
+    return dict(data)
 
 
 def settle(config: Config, folder: Path | None, flags: Collection[str] = ()) -> Config:
@@ -358,6 +279,7 @@ def _from_here(data: DataConfig, prefix: str, flags: Collection[str]) -> DataCon
     changes: dict[str, Any] = {}
     for name in ("source", "reference", "path"):
         value = getattr(data, name)
+        value = value if value is None else type(value)(os.path.expanduser(value))
         is_file = name != "path" or (value is not None and (is_table_name(value) or Path(value).exists()))
         if f"{prefix}.{name}" in flags and f"{prefix}.root" not in flags and value is not None and is_file:
             changes[name] = type(value)(Path(value).absolute())
@@ -382,22 +304,3 @@ def pinned(config: RunConfig) -> RunConfig:
         names = tuple(reward_path(name, None) for name in config.reward.names)
         changes |= {"model": model(config.model), "reward": dataclasses.replace(config.reward, names=names)}
     return dataclasses.replace(config, **changes)
-
-
-def to_toml(config: Any) -> dict[str, Any]:
-    """Nested values that ``build`` makes the same configuration of, but for ``resume`` and ``overwrite``: whoever uses
-    a run's configuration again must ask for these again."""
-    result: dict[str, Any] = {}
-    for entry in dataclasses.fields(config):
-        value = getattr(config, entry.name)
-        if entry.name in ("resume", "overwrite") or (value is None and entry.default is None):
-            continue
-        if dataclasses.is_dataclass(value):
-            result[entry.name] = to_toml(value)
-        elif isinstance(value, tuple):
-            result[entry.name] = list(value)
-        elif value is None:
-            result[entry.name] = False
-        else:
-            result[entry.name] = str(value) if isinstance(value, Path) else value
-    return result

@@ -6,16 +6,15 @@ import json
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from esrl.algorithm.allocation import allocate
-from esrl.algorithm.capability import contrast
-from esrl.algorithm.streams import plan_uniforms
+from esrl.algorithm.allocation import AllocationConfig, Allocator
 from esrl.commands import make_rl_task
 from esrl.config import RLConfig
 from esrl.training.checkpoint import CheckpointStore, unpack_json
@@ -32,9 +31,13 @@ class PlanConfig(RLConfig):
     steps: int = 4
     """Batches to plan."""
     run: Path | None = None
-    """Take the capabilities recorded by this run instead of decoding greedily with the model."""
+    """Take the capabilities recorded by this run, and its reward queue, instead of decoding greedily with the model."""
     json: bool = False
     """Print one JSON object instead of tables."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}; it must be 1 or more: the batches to plan.")
 
 
 def plan(config: PlanConfig) -> dict[str, Any]:
@@ -46,26 +49,29 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     """
     with make_rl_task(config) as task:
         if config.run is not None:
-            _load_memory(task, config.run)
-        steps = min(config.steps, task.num_batches(0))
-        batches = [(prompts, *task.capability(prompts, 0)) for prompts in (task.prompts(0, i) for i in range(steps))]
-    plans = [_allocate(config, prompts, capability, task) for prompts, capability, _ in batches]
-    chosen = [
-        _summary(plan, capability, known, len(prompts), config)
-        for plan, (prompts, capability, known) in zip(plans, batches, strict=True)
-    ]
+            _load_state(task, config.run)
+        batches: list[tuple[Prompts, Tensor, int]] = []
+        for i in range(min(config.steps, task.num_batches(0))):
+            prompts = task.prompts(0, i)
+            batches.append((prompts, *task.capability(prompts, 0, i)))
+    allocation = task.method.allocation  # with estimator = "random" not the configuration's
+    plans: list[tuple[SamplingPlan, Tensor]] = []
+    chosen = []
+    for prompts, scores, known in batches:
+        planned, capability = task.plan_of(prompts.example_ids, scores, 0)
+        plans.append((planned, torch.nan_to_num(capability)))  # NaN: its greedy decode's reward abstained
+        chosen.append(_summary(*plans[-1], known, allocation))
     others = {}
-    for name in ("esrl", "uniform", "uniform_budget", "random", "variance"):
-        other = replace(config, allocation=replace(config.allocation, allocator=name))
-        spent = [_allocate(other, prompts, capability, task).num_samples for prompts, capability, _ in batches]
+    for other in _others(allocation):
+        spent = [task.plan_of(prompts.example_ids, scores, 0, other)[0].num_samples for prompts, scores, _ in batches]
         counts = torch.cat(spent)
-        others[name] = {
+        others[other.allocator] = {
             "samples": int(counts.sum()),
-            "share_of_budget": float(counts.sum()) / (len(counts) * config.allocation.max_samples),
+            "share_of_budget": float(counts.sum()) / (len(counts) * allocation.max_samples),
             "min": int(counts.min()),
             "max": int(counts.max()),
         }
-    return {"batches": chosen, "allocators": others, "prompts": _extremes(batches[0][0], batches[0][1], plans[0])}
+    return {"batches": chosen, "allocators": others, "prompts": _extremes(batches[0][0], *plans[0])}
 
 
 def show_plan(result: dict[str, Any], as_json: bool) -> None:
@@ -108,11 +114,12 @@ def show_plan(result: dict[str, Any], as_json: bool) -> None:
     for name in ("capability", "k_x", "tau", "prompt"):
         table.add_column(name, overflow="ellipsis", no_wrap=True, min_width=5 if name != "prompt" else None)
     for row in result["prompts"]:
-        table.add_row(f"{row['capability']:.3f}", str(row["num_samples"]), f"{row['temperature']:.2f}", row["prompt"])
+        figures = f"{row['capability']:.3f}", str(row["num_samples"]), f"{row['temperature']:.2f}"
+        table.add_row(*figures, escape(row["prompt"]))
     console.print(table)
 
 
-def _load_memory(task: RLTask, run: Path) -> None:
+def _load_state(task: RLTask, run: Path) -> None:
     checkpoint = CheckpointStore(run / "checkpoints").latest()
     if checkpoint is None:
         raise ValueError(f"{run}: no checkpoint here; give the folder of an `esrl rl` run.")
@@ -120,31 +127,31 @@ def _load_memory(task: RLTask, run: Path) -> None:
     if "memory" not in state["task"]:
         raise ValueError(f"{run} is no run of `esrl rl`: its checkpoint holds no capability memory.")
     task.memory.load_state_dict(state["task"]["memory"])
+    task.queue.load_state_dict(state["task"]["queue"])
 
 
-def _allocate(config: RLConfig, prompts: Prompts, capability: Tensor, task: RLTask) -> SamplingPlan:
-    return allocate(
-        contrast(capability, config.capability.contrast),
-        config.allocation,
-        uniforms=plan_uniforms(config.seed, 0, prompts.example_ids),
-        reward_std=task.memory.reward_std(prompts.example_ids),
-    )
+def _others(allocation: AllocationConfig) -> list[AllocationConfig]:
+    """The same settings for every allocator that they go with."""
+    dropping = allocation.eliminate == "prompts"
+    names: tuple[Allocator, ...] = ("esrl", "uniform", "random") if dropping else get_args(Allocator)
+    return [replace(allocation, allocator=name) for name in names]
 
 
-def _summary(plan: SamplingPlan, capability: Tensor, known: int, num_prompts: int, config: RLConfig) -> dict[str, Any]:
-    samples, tau = plan.num_samples, plan.temperature
+def _summary(plan: SamplingPlan, capability: Tensor, known: int, allocation: AllocationConfig) -> dict[str, Any]:
+    samples, tau = plan.num_samples, plan.temperature[plan.num_samples > 0]
+    num_prompts = len(samples)
     return {
         "prompts": num_prompts,
         "from_memory": known / num_prompts,
         "capability": [float(capability.min()), float(capability.mean()), float(capability.max())],
         "num_samples": [int(samples.min()), float(samples.double().mean()), int(samples.max())],
         "temperature": [float(tau.min()), float(tau.mean()), float(tau.max())],
-        "share_of_budget": float(samples.sum()) / (num_prompts * config.allocation.max_samples),
+        "share_of_budget": float(samples.sum()) / (num_prompts * allocation.max_samples),
         "histogram": {str(k): count for k, count in sorted(Counter(samples.tolist()).items())},
     }
 
 
-def _extremes(prompts: Prompts, capability: Tensor, plan: SamplingPlan, count: int = 4) -> list[dict[str, Any]]:
+def _extremes(prompts: Prompts, plan: SamplingPlan, capability: Tensor, count: int = 4) -> list[dict[str, Any]]:
     order = torch.argsort(capability, stable=True).tolist()
     chosen = order if len(order) <= 2 * count else order[:count] + order[-count:]
     return [

@@ -241,6 +241,23 @@ def test_eliminate_prompts_drops_floor_beta_n_and_never_all(size: int, ratio: fl
     assert kept == [4] * (size - dropped) + [0] * dropped
 
 
+def test_random_elimination_drops_as_many_by_its_own_numbers():
+    # floor(.3 * 4) = 1 of 4: the one with the largest uniform number, whatever the capabilities are
+    uniforms = torch.tensor([[0.1, 0.0], [0.9, 0.0], [0.5, 0.0], [0.7, 0.0]], dtype=torch.float64)
+    config = AllocationConfig(allocator="random", eliminate="prompts", max_samples=2)
+    result = allocate(torch.tensor([0.0, 0.1, 0.2, 0.9]), config, uniforms=uniforms)
+    assert result.num_samples.tolist() == [2, 0, 2, 2]
+    # eq. 9 as for the prompts that capability would keep
+    assert result.temperature[result.num_samples > 0].tolist() == [1.0] * 3
+    assert not config.needs_capability
+
+
+@pytest.mark.parametrize("allocator", ["uniform_budget", "variance"])
+def test_elimination_of_prompts_refuses_an_allocator_it_would_override(allocator: str):
+    with pytest.raises(ValueError, match=f"so allocator .{allocator}. has no say"):
+        AllocationConfig(allocator=allocator, eliminate="prompts")
+
+
 @pytest.mark.parametrize("eliminate", ["samples", "prompts"])
 @pytest.mark.parametrize(
     ("capability", "named"),
@@ -287,8 +304,13 @@ def test_needs_capability():
     assert AllocationConfig(allocator="uniform", eliminate="prompts").needs_capability
 
 
-@pytest.mark.parametrize("allocator", ["esrl", "uniform", "uniform_budget", "random", "variance"])
-@pytest.mark.parametrize("eliminate", ["samples", "prompts"])
+@pytest.mark.parametrize(
+    ("allocator", "eliminate"),
+    [
+        *((name, "samples") for name in ("esrl", "uniform", "uniform_budget", "random", "variance")),
+        *((name, "prompts") for name in ("esrl", "uniform", "random")),
+    ],
+)
 def test_a_batch_without_prompts_has_an_empty_plan(allocator: str, eliminate: str):
     for rounding in ("ceil", "largest_remainder"):
         config = AllocationConfig(allocator=allocator, eliminate=eliminate, rounding=rounding)

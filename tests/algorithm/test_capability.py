@@ -183,21 +183,26 @@ def test_settings_are_checked(wrong: dict[str, str]):
 
 def test_memory():
     memory = CapabilityMemory()
-    assert (len(memory), memory.missing(["a", "b"])) == (0, [0, 1])
+    assert (len(memory), memory.missing(["a", "b"], 0)) == (0, [0, 1])
     first = CapabilityRecord(0.25, greedy=True, epoch=0, num_rewards=1)
     memory.write(["a", "b"], [first, CapabilityRecord(0.5, False, 0, 4, 0.125)])
-    assert memory.missing(["c", "b", "a", "d"]) == [0, 3]
-    assert memory.scores(["b", "a", "b"]).tolist() == [0.5, 0.25, 0.5]
+    assert memory.missing(["c", "b", "a", "d"], 1) == [0, 3]
+    assert [memory.records[name].score for name in ("b", "a")] == [0.5, 0.25]
     spread = memory.reward_std(["a", "b", "never seen"]).tolist()
     assert math.isnan(spread[0]) and spread[1] == 0.125 and math.isnan(spread[2])
     # None leaves what is known, a new record replaces it
     memory.write(["a", "b"], [CapabilityRecord(0.75, False, 1, 3, 0.5), None])
-    assert memory.scores(["a", "b"]).tolist() == [0.75, 0.5]
+    assert [memory.records[name].score for name in ("a", "b")] == [0.75, 0.5]
     assert (memory.records["a"].greedy, memory.records["b"].epoch, len(memory)) == (False, 0, 2)
-    with pytest.raises(KeyError, match="c"):
-        memory.scores(["c"])
     with pytest.raises(ValueError, match="zip"):
         memory.write(["a"], [])
+
+
+@pytest.mark.parametrize(("epoch", "missing"), [(0, []), (1, []), (2, [0]), (3, [0]), (4, [0, 1])])
+def test_a_record_older_than_the_epoch_before_counts_as_missing(epoch: int, missing: list[int]):
+    memory = CapabilityMemory()
+    memory.write(["a", "b"], [CapabilityRecord(0.5, False, 0), CapabilityRecord(0.5, False, 2)])
+    assert memory.missing(["a", "b"], epoch) == missing
 
 
 def test_memory_survives_json_bit_by_bit():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from esrl.algorithm.duplicates import handle_duplicates, select_rows
+from esrl.algorithm.duplicates import handle_duplicates, num_unique, select_rows
 from esrl.types import Rollouts
 
 #    prompt  tokens        length
@@ -43,6 +43,7 @@ def test_merge_keeps_the_first_of_each_and_counts():
     merged, counts = handle_duplicates(rollouts(), "merge")
     kept = [0, 1, 4, 5, 6, 7, 8]
     assert counts.tolist() == [2, 2, 1, 1, 1, 1, 3]
+    assert num_unique(rollouts()) == num_unique(merged) == len(kept)
     assert int(counts.sum()) == len(ROWS)
     # every field is that of the kept row, in the old order
     assert merged.texts == tuple(f"text {i}" for i in kept)

@@ -12,11 +12,10 @@ from esrl.algorithm.groups import Groups
 GROUPS = Groups(torch.tensor([0, 0, 2, 2, 2, 3]), 4)  # prompt 1 has no row
 
 
-def test_sum_count_mean_spread_by_hand():
+def test_sum_mean_spread_by_hand():
     values = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     weights = torch.tensor([1.0, 3.0, 0.0, 2.0, 0.0, 0.0])
     assert GROUPS.sum(values).tolist() == [3, 0, 12, 6]
-    assert GROUPS.count().tolist() == [2, 0, 3, 1]
     # prompt 0: (1 + 3 * 2) / 4; prompt 2: only the 4; prompt 3: no weight at all
     assert GROUPS.mean(values).tolist() == [1.5, 0, 4, 6]
     assert GROUPS.mean(values, weights).tolist() == [1.75, 0, 4, 0]

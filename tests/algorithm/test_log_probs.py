@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from esrl.algorithm.log_probs import Projection, token_log_probs, weighted_log_prob_sum
+from esrl.algorithm.log_probs import Projection, exponential, token_log_probs, weighted_log_prob_sum
 
 N, D, V = 23, 5, 11
 SUPPRESSED = [0, 7]
@@ -98,6 +98,36 @@ def test_both_equal_the_full_softmax_and_its_gradient(max_logits: int, bias: str
         close(torch.where(slow.isfinite(), twin.grad, 0.0), finite)
         close(third.grad, 3 * finite)
     assert float(fused[0].grad[4].abs().max()) == 0
+
+
+def test_exponential_by_way_of_powers_of_two():
+    values = torch.tensor([0.0, -1.0, -20.0, -87.0, -745.0, -torch.inf])
+    torch.testing.assert_close(exponential(values.double()), values.double().exp(), rtol=1e-13, atol=0)
+    # the product with log2(e) is rounded: 2 ** -24 of it, so 20 * log2(e) * 2 ** -24 * ln(2) = 1.2e-6 at -20
+    torch.testing.assert_close(exponential(values)[:3], values.double().exp().float()[:3], rtol=1.5e-6, atol=0)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_the_gradient_of_the_projection_is_added_where_it_belongs(begun: bool):
+    """In place, on top of what is there; and the hidden states' comes as before."""
+    values = problem("plain", True)
+    slow, fast = leaves(values), leaves(values)
+    for inputs in (slow, fast):
+        inputs[1].grad = torch.full_like(inputs[1], 0.5) if begun else None
+    before = fast[1].grad
+    for inputs, accumulate in ((slow, False), (fast, True)):
+        weighted_log_prob_sum(
+            inputs[0],
+            values["targets"],
+            values["weights"],
+            Projection(inputs[1], inputs[2]),
+            temperature=values["temperature"],
+            max_logits=3 * V,
+            accumulate=accumulate,
+        ).backward()
+    assert fast[1].grad is before or not begun
+    for twin, expected in zip(fast, slow, strict=True):
+        close(twin.grad, expected.grad)
 
 
 def test_a_suppressed_token_has_no_probability():

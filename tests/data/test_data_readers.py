@@ -158,3 +158,38 @@ def test_flatten_keeps_every_leaf_under_its_path(tree):
         return {k: v for key, inner in value.items() for k, v in leaves(inner, (*path, key)).items()}
 
     assert flatten({"root": tree}) == leaves(tree, ("root",))
+
+
+def test_blank_records_can_be_kept_so_that_example_n_is_line_n(tmp_path):
+    (tmp_path / "a").write_text("eins\n\n\u00a0\n", encoding="utf-8")
+    (tmp_path / "b").write_text("one\ntwo\n\n", encoding="utf-8")
+    loaded = load_examples(DataConfig(source=tmp_path / "a", reference=tmp_path / "b"), keep_blank=True)
+    assert [tuple(e.columns.values()) for e in loaded.examples] == [("eins", "one"), ("", "two"), ("\u00a0", "")]
+    assert (loaded.report.read, loaded.report.kept, loaded.report.skipped_empty) == (3, 3, 0)
+    (tmp_path / "t.jsonl").write_text('\n{"source": "ja", "reference": null}\n', encoding="utf-8")
+    for column, expected in (("reference", [("", ""), ("ja", "")]), (None, [("",), ("ja",)])):
+        config = DataConfig(path=str(tmp_path / "t.jsonl"), reference_column=column)
+        found = [e.columns for e in load_examples(config, keep_blank=True).examples]
+        names = ("source", "reference")[: len(expected[0])]
+        assert [tuple(columns[name] for name in names) for columns in found] == expected
+
+
+def test_a_root_that_is_not_there_is_named_with_its_remedy(tmp_path, monkeypatch):
+    (tmp_path / "t.tsv").write_text("source\treference\nja\tyes\n", encoding="utf-8")
+    root = tmp_path / "nowhere"
+    for fields in ({"source": Path("a.de"), "reference": Path("a.en")}, {"path": "t.tsv"}):
+        with pytest.raises(ValueError, match=rf"nor a folder {root}\. .*--data\.root.*`esrl data multi30k`"):
+            load_examples(DataConfig(root=root, **fields))
+    assert columns_of(DataConfig(path=str(tmp_path / "t.tsv"), root=root))  # absolute: the root does not matter
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert columns_of(DataConfig(path="~/t.tsv")) == columns_of(DataConfig(path="~/t.tsv", root=root))
+
+
+def test_a_broken_data_set_of_the_hub_is_one_line(monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise datasets.exceptions.DatasetGenerationError("An error occurred while\ngenerating the dataset")
+
+    monkeypatch.setattr("esrl.data.tables._require_hub", lambda: None)
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(ValueError, match=r"^some/name: neither .*DatasetGenerationError: An error occurred while gen"):
+        load_examples(DataConfig(path="some/name"))

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer, MarianMTModel
 
 from esrl.models.policy import PromptState
-from esrl.models.seq2seq import MarianPolicy, Preset, load_policy, merge_heads, new_policy, split_heads
+from esrl.models.seq2seq import MarianPolicy, Preset, _CrossAttention, load_policy, merge_heads, new_policy, split_heads
 from esrl.models.tokenizer import train_tokenizer
 from esrl.types import Prompts
 
@@ -126,7 +126,7 @@ def test_heads_split_and_merge():
 
 def cached_logits(policy: MarianPolicy, prompts: Prompts, index: torch.Tensor, inputs: torch.Tensor, keep_at: dict):
     """Step through ``inputs``; ``keep_at[position]`` (rows of the original batch) are kept before that position."""
-    decoder = policy.decoder(policy.encode(prompts), index)
+    decoder = policy.frozen_decoder().start(policy.encode(prompts), index)
     alive = torch.arange(len(index))
     seen: dict[tuple[int, int], torch.Tensor] = {}
     for position in range(inputs.shape[1]):
@@ -168,9 +168,25 @@ def test_cached_steps_without_source_padding_and_with_full_groups(random64, prom
     with torch.no_grad():
         parallel = random64.hidden_states(random64.encode(same), index, inputs)
         seen, decoder = cached_logits(random64, same, index, inputs, {})
-    assert decoder.slots is None and decoder.source_mask is None
+    assert decoder.groups.slots is None and decoder.source_mask is None
     worst = max(float((parallel[row, position] - value).abs().max()) for (row, position), value in seen.items())
     assert worst < 1e-11
+
+
+def test_rows_of_uneven_prompts_get_their_own_copies_where_groups_would_take_more_room(random64, prompts):
+    """40 rows of one prompt and one of each other: in groups, that is 40 * 10 slots for 49 rows."""
+    index = torch.tensor([0] * 40 + list(range(1, 10)))
+    inputs = decoder_inputs(random64, len(index), 4)
+    state = random64.encode(prompts)
+    assert _CrossAttention(state, index, 4).groups.ranks == 1
+    assert _CrossAttention(state, torch.tensor([0, 0, 1, 2, 2]), 4).groups.ranks == 2
+    with torch.no_grad():
+        together = random64.hidden_states(state, index, inputs)
+        for row, prompt in enumerate(index.tolist()):
+            alone = random64.hidden_states(
+                random64.encode(prompts.select([prompt])), torch.tensor([0]), inputs[row : row + 1]
+            )
+            torch.testing.assert_close(together[row], alone[0], rtol=0, atol=1e-11)
 
 
 def test_decoding_follows_the_weights_of_the_moment(make_policy, prompts):
@@ -178,7 +194,7 @@ def test_decoding_follows_the_weights_of_the_moment(make_policy, prompts):
     policy = make_policy()
     inputs = decoder_inputs(policy, len(PROMPT_INDEX), 4)
     with torch.no_grad():
-        policy.decoder(policy.encode(prompts), PROMPT_INDEX).step(inputs[:, 0])
+        policy.frozen_decoder().start(policy.encode(prompts), PROMPT_INDEX).step(inputs[:, 0])
         policy.model.model.decoder.layers[0].self_attn.v_proj.weight.mul_(-1.5)
         parallel = policy.hidden_states(policy.encode(prompts), PROMPT_INDEX, inputs)
         seen, _ = cached_logits(policy, prompts, PROMPT_INDEX, inputs, {})

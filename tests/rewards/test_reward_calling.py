@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from esrl.errors import RewardError
-from esrl.rewards.calling import RewardConfig, RewardResult, build_reward, required_columns
+from esrl.rewards.calling import RewardConfig, RewardResult, StepCounts, build_reward, required_columns
 from esrl.rewards.process import WorkerProcess
 
 FUNCTIONS = str(Path(__file__).with_name("reward_functions.py"))
@@ -35,10 +35,13 @@ def score(name: str, completions: list[str] = TEXTS, **options) -> RewardResult:
 
 
 def call(reward, completions: list[str] = TEXTS, prompts: list[str] | None = None) -> RewardResult:
+    """One step of a single call."""
     size = len(completions)
     columns = {name: values[:size] for name, values in COLUMNS.items()}
     ids = [[index, 10] for index in range(size)]
-    return reward.score(prompts or ["p"] * size, completions, ids, columns, {"global_step": 7})
+    result = reward.score(prompts or ["p"] * size, completions, ids, columns, {"global_step": 7})
+    reward.end_step(reward.counts)
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +122,11 @@ def test_arguments_by_name_and_both_logs():
 def test_arguments_and_logs_cross_to_a_worker():
     here, there = score("logs"), score("logs", timeout_seconds=20)
     assert (there.values.tolist(), there.metrics, there.extra) == (here.values.tolist(), here.metrics, here.extra)
+
+
+@pytest.mark.parametrize("options", [{}, {"timeout_seconds": 20}], ids=["here", "in a worker"])
+def test_the_state_is_read_by_name_and_by_attribute(options):
+    assert score("reads_the_state", **options).values.tolist() == [7.0] * 3
 
 
 def test_a_function_cannot_spoil_the_lists_of_the_next():
@@ -234,6 +242,21 @@ def test_too_many_abstentions_stop_the_run_and_survive_a_restart():
         with pytest.raises(RewardError, match=r"abstained from 62% of the samples of 4 steps"):
             call(one, ["a", ""])  # 2.5 of 4
     assert saved["num_abstained"] == 4
+
+
+def test_the_calls_of_a_step_count_together():
+    """First estimates and samples: 2 of 2 and 1 of 4 abstained, so 3 of 6; another process adds 0 of 6."""
+    reward = build_reward(RewardConfig(names=(path_of("abstains_from_empty"),)))
+    for texts in (["", ""], ["", "a", "b", "c"]):
+        reward.score(["p"] * len(texts), texts, [[1]] * len(texts), {}, {})
+    assert reward.counts == (6, 3, 0)
+    assert reward.state_dict()["num_samples"] == 0  # the step has not ended
+    reward.end_step(StepCounts(reward.counts.samples + 6, reward.counts.abstained, 0))
+    state = reward.state_dict()
+    assert (state["abstain_shares"], state["num_samples"], state["num_abstained"]) == ([0.25], 12, 3)
+    reward.score(["p"], [""], [[1]], {}, {})
+    reward.load_state_dict(state)  # an interrupted step leaves nothing
+    assert reward.counts == (0, 0, 0) and reward.state_dict() == state
 
 
 def test_old_abstentions_are_forgotten():

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esrl.algorithm.log_probs import Projection
-from esrl.sampling.draw import draw_tokens, invert_cumulative
+from esrl.sampling.draw import Drawn, Temperature, draw_tokens, invert_cumulative
 
 LAST = 1 - 2.0**-53  # the largest uniform number there is; in float32 it rounds to 1
 
@@ -75,6 +75,20 @@ def test_inverse_rises_with_u_and_has_weight(weights, uniforms, dtype):
     assert all(weights[token] > 0 for token in tokens)
 
 
+@given(st.integers(1, 700), st.integers(0, 2**32), st.lists(st.floats(0, LAST), min_size=1, max_size=6))
+@settings(max_examples=200, deadline=None)
+def test_blocks_give_what_one_cumulative_sum_gives(vocabulary, seed, uniforms):
+    """Integer weights below 8: every sum is exact, so the search in blocks must find the very same token."""
+    weights = torch.randint(0, 8, (len(uniforms), vocabulary), generator=torch.Generator().manual_seed(seed)).double()
+    weights[:, seed % vocabulary] += 1  # not all are 0
+    u = torch.tensor(uniforms, dtype=torch.float64)
+    tokens, log_total = invert_cumulative(weights, u)
+    target = torch.minimum(u * weights.sum(1), torch.nextafter(weights.sum(1), torch.zeros(len(u)).double()))
+    expected = (weights.cumsum(1) <= target[:, None]).sum(1)
+    assert tokens.tolist() == expected.tolist()
+    torch.testing.assert_close(log_total, weights.sum(1).log(), rtol=0, atol=1e-14)
+
+
 def by_hand(logits: list[float], tau: float) -> list[float]:
     top = max(logits)
     weights = [math.exp((x - top) / tau) for x in logits]
@@ -92,17 +106,28 @@ def projection(suppressed: int | None = None, dtype: torch.dtype = torch.float64
     return Projection(torch.eye(4, dtype=dtype), bias)
 
 
+def draw(
+    hidden: torch.Tensor,
+    temperature: torch.Tensor,
+    uniforms: torch.Tensor,
+    records: tuple[str, ...] = (),
+    suppressed: int | None = None,
+    max_logits: int = 1 << 22,
+) -> Drawn:
+    project = projection(suppressed, hidden.dtype)
+    return draw_tokens(hidden, project, Temperature.of(temperature), uniforms, records, max_logits)
+
+
 @pytest.mark.parametrize("max_logits", [1, 4, 8, 1 << 22])
 @pytest.mark.parametrize("temperatures", [[1.0, 1.0, 1.0], [0.6, 0.0, 1.3], [0.0, 0.0, 0.0]])
 def test_draws_and_records_by_hand(temperatures, max_logits):
     uniforms = [0.1, 0.9, 0.98]  # the second token in the first row, the last and least probable one in the third
-    result = draw_tokens(
+    result = draw(
         torch.tensor(LOGITS, dtype=torch.float64),
-        projection(),
         torch.tensor(temperatures, dtype=torch.float64),
         torch.tensor(uniforms, dtype=torch.float64),
         ("entropy", "max_prob"),
-        max_logits,
+        max_logits=max_logits,
     )
     for row, (logits, tau, u) in enumerate(zip(LOGITS, temperatures, uniforms, strict=True)):
         plain = by_hand(logits, 1.0)
@@ -127,12 +152,12 @@ def test_a_suppressed_token_is_never_drawn(suppressed, tau, dtype):
     """It would be the most probable one by far; u runs up to 1, where rounding goes over the end."""
     logits = torch.zeros(7, 4, dtype=dtype)
     logits[:, suppressed] = 60
-    result = draw_tokens(
+    result = draw(
         logits,
-        projection(suppressed, dtype),
         torch.full((7,), tau, dtype=torch.float64),
         torch.tensor([0.0, 2.0**-53, 0.3, 0.5, 0.999999, 1 - 2.0**-30, LAST], dtype=torch.float64),
         ("entropy", "max_prob"),
+        suppressed,
     )
     assert suppressed not in result.tokens.tolist()
     # three tokens share everything
@@ -143,9 +168,7 @@ def test_a_suppressed_token_is_never_drawn(suppressed, tau, dtype):
 
 def test_low_temperatures_and_large_logits_stay_finite():
     logits = torch.tensor([[800.0, 799.0, -800.0, 0.0]], dtype=torch.float32)
-    result = draw_tokens(
-        logits, projection(dtype=torch.float32), torch.tensor([0.01]), torch.tensor([LAST]), ("entropy",)
-    )
+    result = draw(logits, torch.tensor([0.01]), torch.tensor([LAST]), ("entropy",))
     assert result.tokens.tolist() == [0]  # at .01 the second has e^-100
     assert result.log_probs.tolist() == pytest.approx([-math.log(1 + math.exp(-1))], abs=1e-6)
     assert result.sampling_log_probs.tolist() == pytest.approx([0.0], abs=1e-6)
@@ -156,9 +179,7 @@ def test_low_temperatures_and_large_logits_stay_finite():
 def test_logits_that_are_no_numbers_are_reported_as_such(tau):
     """Diverged weights: the draw must not read beyond the vocabulary, and its log-probability must tell."""
     logits = torch.tensor([[math.nan] * 4, [0.0, 1.0, 2.0, 3.0]], dtype=torch.float64)
-    result = draw_tokens(
-        logits, projection(), torch.full((2,), tau, dtype=torch.float64), torch.tensor([0.5, LAST]).double()
-    )
+    result = draw(logits, torch.full((2,), tau, dtype=torch.float64), torch.tensor([0.5, LAST]).double())
     assert 0 <= int(result.tokens[0]) < 4
     assert math.isnan(float(result.log_probs[0]))
     assert int(result.tokens[1]) == 3 and math.isfinite(float(result.log_probs[1]))

@@ -1,7 +1,8 @@
 """Small RL runs in one and in two processes: ``python rank_worker.py OUTPUT EXAMPLES...``.
 
 For each number of examples three processes are forked (the imports are made once): one on its own, and two that form
-a group. Each writes what it ends with, or the traceback it ends by, and the test compares.
+a group. Each writes what it ends with, or the traceback it ends by, and the test compares. Then pairs of processes run
+the loop itself, one of them with a reward that fails.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,16 +27,20 @@ from esrl.algorithm.baselines import BaselineConfig
 from esrl.algorithm.capability import CapabilityConfig
 from esrl.algorithm.objectives import ObjectiveConfig
 from esrl.data.demo import make_examples
+from esrl.errors import RewardError
 from esrl.evaluation.decode import DecodingConfig
 from esrl.evaluation.development import Development
 from esrl.models.seq2seq import Preset, new_policy
 from esrl.models.tokenizer import train_tokenizer
 from esrl.rewards.calling import RewardConfig, build_reward
 from esrl.sampling.engine import SamplingConfig
+from esrl.training.checkpoint import CheckpointStore
 from esrl.training.gradient import GradientConfig
+from esrl.training.loop import Loop, LoopConfig
 from esrl.training.optimization import Optimizer, OptimizerConfig
 from esrl.training.processes import Processes
 from esrl.training.rl import Method, RLTask, StepConfig
+from esrl.training.run_folder import RunFolder
 
 BATCH = 7
 
@@ -106,11 +113,15 @@ def primitives() -> dict[str, Any]:
     }
 
 
+def join(store: Path, rank: int, size: int) -> None:
+    if size > 1:
+        limit = timedelta(seconds=60)
+        dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=size, timeout=limit)
+
+
 def rank_main(rank: int, size: int, num_examples: int, output: Path) -> None:
     name = f"{num_examples}-{rank}-of-{size}"
-    if size > 1:
-        store, limit = output / f"{num_examples}-store", timedelta(seconds=60)
-        dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=size, timeout=limit)
+    join(output / f"{num_examples}-store", rank, size)
     record: dict[str, Any] = {"primitives": primitives()}
     for kind in ("two_stage", "graph"):
         record[kind], tensors = run(kind, num_examples)
@@ -120,24 +131,76 @@ def rank_main(rank: int, size: int, num_examples: int, output: Path) -> None:
         dist.destroy_process_group()
 
 
-def forked(rank: int, size: int, num_examples: int, output: Path) -> int:
+def train(rank: int, folder: Path, store: Path, *, fails: bool) -> None:
+    """Four steps in the loop, resumed where there is something to resume; with ``fails`` the reward of rank 1 raises
+    in the third one."""
+    join(store, rank, 2)
+    task = make_task("two_stage", 9)
+    if fails and rank == 1:
+        real = task.reward.score
+
+        def score(*arguments: Any) -> Any:
+            if arguments[-1]["global_step"] == 2:
+                raise RewardError("broken on purpose")
+            return real(*arguments)
+
+        task.reward.score = score
+    config = LoopConfig(max_steps=4, eval_on_start=False, eval_steps=100, save_steps=100)
+    with RunFolder(folder, resume=True, is_main=rank == 0) as opened:
+        dist.barrier()
+        Loop(task, config, OptimizerConfig(learning_rate=1e-3), opened, 1, {"what": "ranks"}).run()
+    dist.destroy_process_group()
+
+
+def train_both(output: Path) -> None:
+    """A run undisturbed; one whose reward fails on rank 1, and its second part."""
+    record = {}
+    for name, folder, fails in (("whole", "whole", False), ("failed", "broken", True), ("resumed", "broken", False)):
+        started = time.monotonic()
+        pids = [
+            forked(
+                lambda rank=rank, folder=folder, name=name, fails=fails: train(
+                    rank, output / folder, output / f"{name}-store", fails=fails
+                ),
+                output / f"{name}-{rank}.error",
+            )
+            for rank in (0, 1)
+        ]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        saved = CheckpointStore(output / folder / "checkpoints").latest()
+        step = -1 if saved is None else saved.step
+        record[name] = {"codes": codes, "seconds": time.monotonic() - started, "saved": step}
+    (output / "training.json").write_text(json.dumps(record))
+
+
+def forked(work: Callable[[], None], error: Path) -> int:
     pid = os.fork()
     if pid:
         return pid
+    code = 1
     try:
-        rank_main(rank, size, num_examples, output)
+        work()
+        code = 0
     except BaseException:  # noqa: BLE001 - the test reads and shows it
-        (output / f"{num_examples}-{rank}-of-{size}.error").write_text(traceback.format_exc())
+        error.write_text(traceback.format_exc())
     finally:
-        os._exit(0)
+        os._exit(code)
 
 
 def main() -> None:
     torch.set_num_threads(1)
     output = Path(sys.argv[1])
     for num_examples in map(int, sys.argv[2:]):
-        for pid in [forked(rank, size, num_examples, output) for rank, size in ((0, 1), (0, 2), (1, 2))]:
+        pids = [
+            forked(
+                lambda rank=rank, size=size, num_examples=num_examples: rank_main(rank, size, num_examples, output),
+                output / f"{num_examples}-{rank}-of-{size}.error",
+            )
+            for rank, size in ((0, 1), (0, 2), (1, 2))
+        ]
+        for pid in pids:
             os.waitpid(pid, 0)
+    train_both(output)
 
 
 if __name__ == "__main__":

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
+from esrl import commands
 from esrl.algorithm.streams import seed_of
 from esrl.config import METHODS, MLEConfig, RLConfig, build, merge
 from esrl.data.demo import make_examples
 from esrl.models.seq2seq import Preset, new_policy
 from esrl.models.tokenizer import train_tokenizer
 from esrl.training.checkpoint import CheckpointStore, unpack_json
+from esrl.training.rl import RLTask
 
 NUM_TRAIN, NUM_DEV = 24, 8
 STEPS = 8  # of RL: 24 examples in batches of 6, two epochs
@@ -146,3 +150,16 @@ def write_config(path: Path, values: dict[str, Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(tomli_w.dumps(values).encode())
     return path
+
+
+@contextmanager
+def make_task(assets: Path, *changes: dict[str, Any]) -> Iterator[RLTask]:
+    """The RL step of a small run."""
+    with commands.make_rl_task(rl_config(assets, Path("unused"), *changes)) as task:
+        yield task
+
+
+def own_reward(folder: Path, source: str, name: str) -> dict[str, Any]:
+    """The setting that takes the reward function ``name`` of this source text."""
+    (folder / "rewards.py").write_text(source)
+    return {"reward": {"names": [f"{folder}/rewards.py:{name}"]}}

@@ -403,8 +403,8 @@ def test_lack_of_memory_halves_the_micro_batch(step, gradients, error, limit):
     found[name] = found[name] - before
     assert_equal(found, expected)
     # 80 -> 40 -> ...: the size that worked stays; sixteen tokens at most in a row
-    assert stage_two.config.micro_batch_tokens in (40, 20, 10, 5, 2, 1)
-    smaller = stage_two.config.micro_batch_tokens
+    assert stage_two.micro_batch_tokens in (40, 20, 10, 5, 2, 1)
+    smaller = stage_two.micro_batch_tokens
     for _ in failing(step.policy, limit, error):
         log_probs = StageTwo(step.policy, GradientConfig(micro_batch_tokens=80)).log_probs(
             step.prompts, step.rollouts, None, 0
@@ -414,7 +414,7 @@ def test_lack_of_memory_halves_the_micro_batch(step, gradients, error, limit):
             step.policy.model, lambda: stage_two.backward(step.prompts, step.rollouts, constants, None, 0)
         )
     assert_equal(disturbed_again, expected)
-    assert stage_two.config.micro_batch_tokens == smaller
+    assert stage_two.micro_batch_tokens == smaller
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["cuda", "cpu", "linux", "python"])
@@ -438,15 +438,15 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(step):
     for _ in failing(step.policy, 0, RuntimeError("shapes cannot be multiplied")):
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             stage_two.log_probs(step.prompts, step.rollouts, None, 0)
-    assert stage_two.config.micro_batch_tokens == 64
+    assert stage_two.micro_batch_tokens == 64
 
 
 def test_a_resumed_run_takes_the_smaller_micro_batch(random64):
     stage_two = StageTwo(random64, GradientConfig(micro_batch_tokens=64))
     stage_two.shrink(16)
-    assert stage_two.config.micro_batch_tokens == 16
+    assert stage_two.micro_batch_tokens == 16
     stage_two.shrink(64)
-    assert stage_two.config.micro_batch_tokens == 16
+    assert stage_two.micro_batch_tokens == 16
 
 
 class LargestTensor(TorchDispatchMode):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 from run_helpers import evaluations_of, json_lines, metric_rows, saved_state, steps_of
 from torch import nn
 
-from esrl.errors import NumericsError
+from esrl.errors import Interrupted, NumericsError
 from esrl.training.checkpoint import CheckpointStore, unpack_tensors
 from esrl.training.loop import Loop, LoopConfig, Update
 from esrl.training.optimization import OptimizerConfig
@@ -247,6 +249,8 @@ def test_what_cannot_be_run_is_refused(tmp_path):
         for value in (0, -1, math.nan, math.inf):
             with pytest.raises(ValueError, match=f"{name} is {value}; it must be above 0"):
                 LoopConfig(**{"num_epochs": 1, name: value})
+    with pytest.raises(ValueError, match="skip_nonfinite is -1; it must be 0 or more"):
+        LoopConfig(num_epochs=1, skip_nonfinite=-1)
     with pytest.raises(ValueError, match="save_seconds is nan"):
         LoopConfig(num_epochs=1, save_seconds=math.nan)
 
@@ -287,3 +291,103 @@ def test_what_was_logged_behind_the_checkpoint_is_logged_again_once(tmp_path):
     run_loop(tmp_path, WalkTask([0.0] * 9), resume=True)
     assert [row["step"] for row in steps_of(tmp_path)] == list(range(1, 9))
     assert "stale" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+class FailingTask(WalkTask):
+    """The third step raises an error, before or (``in_commit``) while it is committed."""
+
+    def __init__(self, error: Exception, *, in_commit: bool = False) -> None:
+        super().__init__([0.0] * 9)
+        self.error, self.in_commit = error, in_commit
+
+    def compute(self, epoch: int, batch: int) -> Update:
+        update = super().compute(epoch, batch)
+        if (epoch, batch) != (0, 2):
+            return update
+        if not self.in_commit:
+            raise self.error
+
+        def commit() -> list[dict[str, Any]]:
+            raise self.error
+
+        return replace(update, commit=commit)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("a peer is gone"), KeyError("x"), MemoryError(), ValueError("x"), NumericsError("x")]
+)
+def test_whatever_stops_a_run_the_last_whole_step_is_saved(tmp_path, capsys, error):
+    with pytest.raises(type(error)):
+        run_loop(tmp_path, FailingTask(error), save_steps=100)
+    assert saved_state(tmp_path)["step"] == 2
+    assert f"stopped at step 2 ({type(error).__name__}); saved. --resume continues." in capsys.readouterr().err
+    run_loop(tmp_path, WalkTask([0.0] * 9), resume=True)
+    assert [row["step"] for row in steps_of(tmp_path)] == list(range(1, 9)) and exported(tmp_path) == 0
+
+
+def test_half_a_step_is_never_saved(tmp_path, capsys):
+    """The optimizer has stepped, the task has not: what was saved before stands."""
+    with pytest.raises(RuntimeError, match="half"):
+        run_loop(tmp_path, FailingTask(RuntimeError("half"), in_commit=True), save_steps=100)
+    assert saved_state(tmp_path)["step"] == 0
+    said = capsys.readouterr().err
+    assert "stopped at step 2 (RuntimeError); --resume continues from step 0, the last one saved." in said
+    run_loop(tmp_path, WalkTask([0.0] * 9), resume=True)
+    assert [row["step"] for row in steps_of(tmp_path)] == list(range(1, 9))
+    checkpoint = CheckpointStore(tmp_path / "checkpoints").latest()
+    assert checkpoint is not None
+    assert round(unpack_tensors(checkpoint.files["model.safetensors"])["place"].item()) == 8
+
+
+def test_a_signal_during_the_rescue_does_not_cut_it_short(tmp_path, monkeypatch):
+    real = CheckpointStore.save
+
+    def save(self: Any, step: int, files: Any) -> Any:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, step, files)
+
+    monkeypatch.setattr(CheckpointStore, "save", save)
+    with pytest.raises(Interrupted):
+        run_loop(tmp_path, FailingTask(RuntimeError("x")), save_steps=100)
+    assert saved_state(tmp_path)["step"] == 2
+
+
+class SpoiltTask(WalkTask):
+    """The gradients of these steps (from 1) are no numbers."""
+
+    def __init__(self, *steps: int) -> None:
+        super().__init__([0.0] * 9)
+        self.steps = steps
+
+    def compute(self, epoch: int, batch: int) -> Update:
+        self.gradient = math.nan if epoch * BATCHES + batch + 1 in self.steps else -3.0
+        return super().compute(epoch, batch)
+
+
+def test_steps_that_are_not_finite_are_skipped_where_that_is_allowed(tmp_path):
+    task = SpoiltTask(2, 3, 6)
+    with pytest.warns(UserWarning, match="step 2 was skipped: the gradient of place is not finite"):
+        loop = run_loop(tmp_path, task, skip_nonfinite=2)
+    rows = steps_of(tmp_path)
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert [row["step"] for row in rows if row.get("skipped")] == [2, 3, 6]
+    assert all("not finite" in row["reason"] for row in rows if "skipped" in row)
+    # the other five moved it by 1 each
+    assert task.committed == [(0, 0), (0, 3), (1, 0), (1, 2), (1, 3)] and round(task.model.place.item()) == 5
+    assert loop.state.skipped == 0
+
+
+@pytest.mark.filterwarnings("ignore:step . was skipped")
+def test_one_more_in_a_row_than_allowed_stops_the_run_also_after_a_resume(tmp_path):
+    task = SpoiltTask(2, 3, 4)
+    with pytest.raises(NumericsError, match="the gradient of place is not finite"):
+        run_loop(tmp_path, task, skip_nonfinite=2, save_steps=100)
+    assert task.committed == [(0, 0)]
+    state = saved_state(tmp_path)
+    assert (state["step"], state["state.json"]["loop"]["skipped"]) == (3, 2)
+    with pytest.raises(NumericsError):
+        run_loop(tmp_path, SpoiltTask(2, 3, 4), resume=True, skip_nonfinite=2)
+    loop = run_loop(tmp_path, SpoiltTask(2, 3, 4), resume=True, skip_nonfinite=3)
+    assert loop.state.step == 8 and loop.state.skipped == 0
+    assert [row["step"] for row in steps_of(tmp_path) if row.get("skipped")] == [2, 3, 4]

@@ -12,15 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_helpers import NUM_TRAIN, bits, mle_config, steps_of
 from torch import Tensor
+from torch.nn import functional
 
 from esrl import commands
+from esrl.algorithm.log_probs import Projection
 from esrl.data.batching import token_batches
 from esrl.data.examples import Example
 from esrl.data.readers import DataConfig, load_examples
+from esrl.errors import OutOfMemoryError
 from esrl.evaluation.decode import DecodingConfig
 from esrl.evaluation.development import Development
 from esrl.models.seq2seq import load_policy
-from esrl.training.mle import LikelihoodConfig, MLETask
+from esrl.training.mle import LikelihoodConfig, MLETask, smoothed_loss
 
 
 @pytest.fixture(scope="module")
@@ -165,3 +168,63 @@ def test_what_is_too_long_is_left_out_and_said(assets, tmp_path, capsys):
 def test_settings_out_of_bounds_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} is {value}; it must"):
         LikelihoodConfig(**{name: value})
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_the_chunked_loss_is_torchs_own(smoothing):
+    """Value and gradients of cross_entropy over whole logits, which are never made here."""
+    generator = torch.Generator().manual_seed(1)
+    sizes = (7, 4), (11, 4), (11,)
+    hidden, weight, bias = (torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes)
+    targets = torch.randint(11, (7,), generator=generator)
+    found, expected = [], []
+    for result, chunked in ((found, True), (expected, False)):
+        leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight, bias)]
+        if chunked:
+            loss = smoothed_loss(leaves[0], targets, Projection(leaves[1], leaves[2]), smoothing)
+        else:
+            logits = functional.linear(*leaves)
+            loss = functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+        loss.backward()
+        result += [loss.detach(), *(leaf.grad for leaf in leaves)]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_out_of_memory_halves_the_micro_batch_and_begins_the_step_again(assets, examples, monkeypatch):
+    """24 examples at once, 12, 6, then 3: what had been added to the gradient by then is taken back."""
+    at_once = {"dropout": 0.0, "batch_tokens": 10**6, "micro_batch_tokens": 10**6}
+    whole, task = (make_task(assets, examples, **at_once) for _ in range(2))
+    expected = whole.compute(0, 0)
+    real = task._backward
+
+    def backward(indices: Sequence[int]) -> tuple[float, int]:
+        result = real(indices)
+        if len(indices) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return result
+
+    monkeypatch.setattr(task, "_backward", backward)
+    update = task.compute(0, 0)
+    assert update.loss == pytest.approx(expected.loss, rel=1e-12) and update.denominator == expected.denominator
+    for name, gradient in gradients(whole).items():
+        assert torch.allclose(gradient, gradients(task)[name], rtol=0, atol=1e-10), name
+    # a resumed run goes on with what fits
+    assert task.state_dict() == {"micro_batch_tokens": 3 * max(task.lengths)}
+    whole.load_state_dict(task.state_dict())
+    assert whole.state_dict() == task.state_dict()
+
+
+def test_one_example_too_large_for_the_memory_is_an_error_of_its_own(assets, examples, monkeypatch):
+    task = make_task(assets, examples, dropout=0.0, batch_tokens=10**6)
+    failure: list[Exception] = [MemoryError()]
+
+    def backward(indices: Sequence[int]) -> tuple[float, int]:
+        raise failure[0]
+
+    monkeypatch.setattr(task, "_backward", backward)
+    with pytest.raises(OutOfMemoryError, match="out of memory with one example per micro-batch"):
+        task.compute(0, 0)
+    failure[0] = RuntimeError("shapes do not match")
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        task.compute(0, 0)

@@ -17,6 +17,7 @@ from esrl import commands
 from esrl.errors import EsrlError, NumericsError, RewardError
 from esrl.models.seq2seq import MarianPolicy, load_policy
 from esrl.training import mle as mle_module
+from esrl.training import planning
 from esrl.training import rl as rl_module
 from esrl.training.checkpoint import unpack_tensors
 from esrl.training.gradient import StageTwo
@@ -161,9 +162,9 @@ def nan_gradient(monkeypatch: pytest.MonkeyPatch, now: list[bool], value: float)
 
 
 def nan_capability(monkeypatch: pytest.MonkeyPatch, now: list[bool], value: float) -> None:
-    real = rl_module.metric_capability
+    real = planning.metric_capability
     monkeypatch.setattr(
-        rl_module,
+        planning,
         "metric_capability",
         lambda *args: torch.full_like(real(*args), value) if now[0] else real(*args),
     )
@@ -183,7 +184,7 @@ STAGES: dict[str, tuple[Callable, str]] = {
     "loss": (nan_loss, f"the loss of step {BAD_STEP} is"),
     "coefficients": (nan_coefficients, "the gradient of "),
     "gradient": (nan_gradient, "the gradient of model.encoder.layers.0.fc1.weight is not finite"),
-    "capability": (nan_capability, "the capability of prompt 0 of the step is"),
+    "capability": (nan_capability, "the capability of example "),
 }
 
 
@@ -230,6 +231,22 @@ def test_a_bad_reward_is_the_reward_functions_fault(assets, tmp_path, bad_step, 
     assert RewardError.exit_code == 3 and NumericsError.exit_code == 4
 
 
+def test_a_skipped_step_leaves_no_trace_but_its_line(assets, undisturbed, tmp_path, monkeypatch, bad_step):
+    """Parameters, optimizer, memory, queue and counters after a skipped third step are those after the second."""
+    nan_gradient(monkeypatch, bad_step, math.nan)
+    skip = {"training": {"max_steps": BAD_STEP, "skip_nonfinite": 1}, "development": {"data": False}}
+    with pytest.warns(UserWarning, match=f"step {BAD_STEP} was skipped: the gradient of model.encoder"):
+        commands.rl(rl_config(assets, tmp_path / "run", QUIET, skip, RESCORE))
+    rows = steps_of(tmp_path / "run")
+    assert [row.get("skipped", False) for row in rows] == [False, False, True]
+    assert "not finite" in rows[-1]["reason"]
+    found, expected = saved_state(tmp_path / "run"), saved_state(undisturbed)
+    assert (found["step"], found["state.json"]["loop"]["skipped"]) == (BAD_STEP, 1)
+    assert found["state.json"]["task"] == expected["state.json"]["task"]
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert found[name] == expected[name]
+
+
 def test_a_gradient_whose_norm_alone_overflows_is_refused(assets, tmp_path, monkeypatch, bad_step):
     """1e25 squared is beyond float32, and so would Adam's second moment be."""
     nan_gradient(monkeypatch, bad_step, 1e25)
@@ -240,11 +257,9 @@ def test_a_gradient_whose_norm_alone_overflows_is_refused(assets, tmp_path, monk
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_bad_loss_of_maximum_likelihood(assets, tmp_path, monkeypatch, bad_step, value):
-    real = mle_module.functional.cross_entropy
+    real = mle_module.weighted_log_prob_sum
     monkeypatch.setattr(
-        mle_module.functional,
-        "cross_entropy",
-        lambda *args, **kwargs: real(*args, **kwargs) * (value if bad_step[0] else 1.0),
+        mle_module, "weighted_log_prob_sum", lambda *args: real(*args) * (value if bad_step[0] else 1.0)
     )
     config = mle_config(assets, tmp_path / "run", QUIET)
     said = stops_before_the_bad_step(tmp_path / "run", lambda: commands.mle(config), NumericsError)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
 import pytest
 import torch
-from run_helpers import NUM_DEV, STEPS, json_lines, rl_config, saved_state, steps_of
+from run_helpers import NUM_DEV, STEPS, json_lines, make_task, own_reward, rl_config, saved_state, steps_of
 
 from esrl import commands
 from esrl.algorithm.allocation import AllocationConfig, allocate
@@ -24,7 +22,6 @@ from esrl.models.seq2seq import load_policy
 from esrl.rewards.text import ChrF
 from esrl.sampling.engine import EngineSampler
 from esrl.training.checkpoint import unpack_tensors
-from esrl.training.rl import RLTask
 
 KEYS = {
     *("step", "epoch", "reward_mean", "reward_std", "num_samples_mean", "num_samples_histogram", "temperature_mean"),
@@ -47,17 +44,6 @@ def not_umbrella(source, completions, **columns):
 def nothing(completions, **columns):
     return [None] * len(completions)
 """
-
-
-@contextmanager
-def make_task(assets: Path, *changes: dict[str, Any]) -> Iterator[RLTask]:
-    with commands.make_rl_task(rl_config(assets, Path("unused"), *changes)) as task:
-        yield task
-
-
-def own_reward(folder: Path, name: str) -> dict[str, Any]:
-    (folder / "rewards.py").write_text(REWARDS)
-    return {"reward": {"names": [f"{folder}/rewards.py:{name}"]}}
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +284,7 @@ def last_parameters(run: Path) -> dict[str, torch.Tensor]:
 
 def test_abstained_samples_take_no_part(assets, tmp_path):
     run = tmp_path / "run"
-    changes = {**own_reward(tmp_path, "odd_lengths"), "step": {"duplicates": "keep"}}
+    changes = {**own_reward(tmp_path, REWARDS, "odd_lengths"), "step": {"duplicates": "keep"}}
     commands.rl(rl_config(assets, run, changes, {"development": {"data": False}, "training": {"max_steps": 3}}))
     state = saved_state(run)["state.json"]["task"]
     pushed, abstained = [], 0
@@ -323,7 +309,7 @@ def test_abstained_samples_take_no_part(assets, tmp_path):
 
 
 def test_a_prompt_all_of_whose_samples_abstain_teaches_nothing_and_is_estimated_again(assets, tmp_path):
-    with make_task(assets, own_reward(tmp_path, "not_umbrella"), {"step": {"batch_size": 24}}) as task:
+    with make_task(assets, own_reward(tmp_path, REWARDS, "not_umbrella"), {"step": {"batch_size": 24}}) as task:
         update = task.compute(0, 0)
         update.commit()
         silent = min(task.examples, key=lambda example: example.source)
@@ -339,18 +325,18 @@ def test_a_prompt_all_of_whose_samples_abstain_teaches_nothing_and_is_estimated_
 
 
 def test_a_reward_that_always_abstains_stops_the_run(assets, tmp_path):
-    """More than half of the samples of 20 calls: at the eleventh, in the sixth step of two calls each."""
-    reward = own_reward(tmp_path, "nothing")
+    """More than half of the samples of 20 steps: in the eleventh, however many calls a step makes."""
+    reward = own_reward(tmp_path, REWARDS, "nothing")
     run = tmp_path / "run"
     with pytest.raises(RewardError, match="abstained from 55% of the samples of 20 steps"):
-        commands.rl(rl_config(assets, run, reward, {"development": {"data": False}}))
-    assert saved_state(run)["step"] == len(steps_of(run)) == 5
+        commands.rl(rl_config(assets, run, reward, {"development": {"data": False}, "training": {"num_epochs": 3}}))
+    assert saved_state(run)["step"] == len(steps_of(run)) == 10
     start = dict(load_policy(assets / "model").model.named_parameters())
     assert all(torch.equal(value, start[name]) for name, value in last_parameters(run).items())
 
 
 def test_an_interrupted_step_does_not_count_abstentions_twice(assets, tmp_path):
-    with make_task(assets, own_reward(tmp_path, "odd_lengths")) as task:
+    with make_task(assets, own_reward(tmp_path, REWARDS, "odd_lengths")) as task:
         task.compute(0, 0).commit()
         before = task.reward.state_dict()
         assert before["num_abstained"] > 0

@@ -47,8 +47,9 @@ class AllocationConfig:
     """The temperature of the rule `fixed` (the ablation without temperature adjustment; REINFORCE in the paper:
     0.95)."""
     eliminate: Elimination = "samples"
-    """`samples` (paper) shrinks k_x; `prompts` drops the floor(beta n) most capable prompts of the batch, for k_max =
-    1."""
+    """`samples` (paper) shrinks k_x; `prompts`, for k_max = 1, drops the floor(beta n) most capable prompts of a batch
+    and gives the others max_samples. The allocator `uniform` is then the same as `esrl`, `random` drops any prompts,
+    and the other two are refused."""
 
     def __post_init__(self) -> None:
         for name, kind in (
@@ -72,11 +73,18 @@ class AllocationConfig:
             )
         if not 0 < self.fixed_temperature < math.inf:
             raise ValueError(f"fixed_temperature is {self.fixed_temperature}; it must be above 0.")
+        if self.eliminate == "prompts" and self.allocator not in ("esrl", "uniform", "random"):
+            raise ValueError(
+                f'eliminate = "prompts" gives every prompt it keeps max_samples, so allocator {self.allocator!r} has '
+                'no say; take "esrl" or "random", or eliminate = "samples".'
+            )
 
     @property
     def needs_capability(self) -> bool:
         """Whether the plan depends on what the model is capable of."""
-        return self.allocator in ("esrl", "uniform_budget") or self.eliminate == "prompts"
+        if self.eliminate == "prompts":
+            return self.allocator != "random"
+        return self.allocator in ("esrl", "uniform_budget")
 
 
 def allocate(
@@ -102,8 +110,11 @@ def allocate(
     capability = capability.detach().to("cpu", torch.float64)
     _check_capability(capability)
     temperature = None
-    if config.eliminate == "prompts":
-        num_samples = _without_capable_prompts(capability, config)
+    if config.eliminate == "prompts" and config.allocator == "random":
+        assert uniforms is not None, "the random allocator draws from `uniforms`"
+        num_samples = _without_highest(uniforms[:, 0], config)
+    elif config.eliminate == "prompts":
+        num_samples = _without_highest(capability, config)
     elif config.allocator == "esrl":
         num_samples = _by_capability(capability, config)
     elif config.allocator == "uniform":
@@ -254,10 +265,10 @@ def _largest_remainder(values: Tensor, priority: Tensor, config: AllocationConfi
     return torch.tensor(samples, dtype=torch.int64)
 
 
-def _without_capable_prompts(capability: Tensor, config: AllocationConfig) -> Tensor:
-    """Drop the floor(beta n) most capable prompts, never all; among equals the last of the batch goes first."""
-    num_samples = torch.full_like(capability, config.max_samples, dtype=torch.int64)
-    dropped = min(math.floor(config.elimination_ratio * len(capability) + _ROUNDING_SLACK), len(capability) - 1)
-    order = torch.argsort(capability, stable=True)
-    num_samples[order[len(capability) - max(dropped, 0) :]] = 0
+def _without_highest(values: Tensor, config: AllocationConfig) -> Tensor:
+    """Drop the floor(beta n) prompts of the highest values, never all; among equals the last of the batch goes."""
+    num_samples = torch.full_like(values, config.max_samples, dtype=torch.int64)
+    dropped = min(math.floor(config.elimination_ratio * len(values) + _ROUNDING_SLACK), len(values) - 1)
+    order = torch.argsort(values, stable=True)
+    num_samples[order[len(values) - max(dropped, 0) :]] = 0
     return num_samples

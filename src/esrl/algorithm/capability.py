@@ -159,13 +159,14 @@ class CapabilityMemory:
     def __len__(self) -> int:
         return len(self.records)
 
-    def missing(self, example_ids: Sequence[str]) -> list[int]:
-        """Indices of the prompts that were never seen."""
-        return [i for i, example in enumerate(example_ids) if example not in self.records]
+    def missing(self, example_ids: Sequence[str], epoch: int) -> list[int]:
+        """Indices of the prompts without a record of the epoch before or of this one.
 
-    def scores(self, example_ids: Sequence[str]) -> Tensor:
-        """(P,) float64 recorded capability; KeyError for a prompt never seen."""
-        return torch.tensor([self.records[example].score for example in example_ids], dtype=torch.float64)
+        An older one says little of the model of today: its prompt was left out since (``eliminate = "prompts"``), and
+        would be for ever, or its rewards abstained.
+        """
+        known = [self.records.get(example) for example in example_ids]
+        return [i for i, record in enumerate(known) if record is None or record.epoch < epoch - 1]
 
     def reward_std(self, example_ids: Sequence[str]) -> Tensor:
         """(P,) float64 spread of each prompt's rewards, NaN below two recorded rewards."""

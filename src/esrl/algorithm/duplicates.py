@@ -22,16 +22,25 @@ def handle_duplicates(rollouts: Rollouts, rule: DuplicateRule) -> tuple[Rollouts
     """
     if rule == "keep":
         return rollouts, torch.ones(rollouts.num_rows, dtype=torch.int64)
+    copies = _copies(rollouts)
+    number = torch.tensor([count if rule == "merge" else 1 for count in copies.values()], dtype=torch.int64)
+    return select_rows(rollouts, list(copies)), number
+
+
+def num_unique(rollouts: Rollouts) -> int:
+    """How many different samples there are, those of different prompts taken as different."""
+    return len(_copies(rollouts))
+
+
+def _copies(rollouts: Rollouts) -> dict[int, int]:
+    """How often each sample was drawn, by the row of its first copy, in order."""
     tokens = torch.where(rollouts.mask, rollouts.tokens, -1).cpu().numpy()
-    prompts = rollouts.prompt_index.tolist()
     first: dict[tuple[int, bytes], int] = {}
     counts: dict[int, int] = {}
-    for row, prompt in enumerate(prompts):
+    for row, prompt in enumerate(rollouts.prompt_index.tolist()):
         leader = first.setdefault((prompt, tokens[row].tobytes()), row)
         counts[leader] = counts.get(leader, 0) + 1
-    kept = list(counts)
-    number = torch.tensor([counts[row] if rule == "merge" else 1 for row in kept], dtype=torch.int64)
-    return select_rows(rollouts, kept), number
+    return counts
 
 
 def select_rows(rollouts: Rollouts, rows: list[int]) -> Rollouts:

@@ -24,10 +24,6 @@ class Groups:
         """(R,) -> (P,); 0 for a prompt without rows."""
         return values.new_zeros(self.num_groups).index_add(0, self.index, values)
 
-    def count(self) -> Tensor:
-        """(P,) float64 number of rows."""
-        return self.sum(torch.ones_like(self.index, dtype=torch.float64))
-
     def mean(self, values: Tensor, weights: Tensor | None = None) -> Tensor:
         """(R,) -> (P,) weighted mean; 0 where the weights of a prompt sum to 0."""
         weights = torch.ones_like(values) if weights is None else weights

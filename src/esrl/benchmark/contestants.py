@@ -6,14 +6,15 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
+from torch import Tensor
 
 from esrl.benchmark.workloads import as_prompts
 from esrl.models.seq2seq import MarianPolicy, load_policy
 from esrl.sampling.engine import EngineSampler, SamplingConfig
-from esrl.types import SamplingPlan
+from esrl.types import Prompts, SamplingPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +22,7 @@ class Job:
     """What a worker is told to build; crosses the pipe as JSON."""
 
     contestant: str
+    kind: Literal["sample", "step"]
     folder: str  # the model, in the contestant's own format
     source: list[list[int]]
     samples: int
@@ -45,7 +47,7 @@ class Engine:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.policy = _policy(job)
+        self.policy = load_model(job)
         self.sampler = EngineSampler(self.policy, SamplingConfig(max_new_tokens=job.max_new_tokens), seed=1)
 
     def run(self, seed: int, num_prompts: int | None = None) -> Callable[[], list[int]]:
@@ -55,7 +57,7 @@ class Engine:
             temperature=torch.ones(len(source), dtype=torch.float64),
         )
         rollouts = self.sampler.sample(as_prompts(source), plan, epoch=seed)
-        _wait()
+        wait()
         return rollouts.lengths.tolist
 
 
@@ -64,27 +66,32 @@ class Generate:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.policy = _policy(job)
+        self.policy = load_model(job)
 
-    @torch.no_grad()
     def run(self, seed: int, num_prompts: int | None = None) -> Callable[[], list[int]]:
+        tokens = self.tokens(self.policy, as_prompts(self.job.source[:num_prompts]), self.job, seed)
+        wait()
+        # what stands behind EOS is PAD, which is never sampled
+        return (tokens != self.policy.pad_token).sum(1).tolist
+
+    @staticmethod
+    @torch.no_grad()
+    def tokens(policy: MarianPolicy, prompts: Prompts, job: Job, seed: int) -> Tensor:
+        """(R, T) new tokens, PAD behind EOS."""
         torch.manual_seed(seed)
-        prompts, policy = as_prompts(self.job.source[:num_prompts]), self.policy
         # no bad_words_ids: the model's bias already keeps PAD away, and the processor would cost time
-        tokens = policy.model.generate(
+        output: Tensor = policy.model.generate(
             input_ids=prompts.input_ids.to(policy.device),
             attention_mask=prompts.mask.to(policy.device),
-            max_new_tokens=self.job.max_new_tokens,
+            max_new_tokens=job.max_new_tokens,
             max_length=None,
             do_sample=True,
             temperature=1.0,
             top_k=0,
             top_p=1.0,
-            num_return_sequences=self.job.samples,
-        )[:, 1:]
-        _wait()
-        # what stands behind EOS is PAD, which is never sampled
-        return (tokens != policy.pad_token).sum(1).tolist
+            num_return_sequences=job.samples,
+        )
+        return output[:, 1:]
 
 
 class CTranslate2:
@@ -136,7 +143,8 @@ def ctranslate2_pieces(folder: Path) -> list[str]:
     return pieces
 
 
-def _policy(job: Job) -> MarianPolicy:
+def load_model(job: Job) -> MarianPolicy:
+    """The job's model, on its device, with the job's threads."""
     torch.set_num_threads(job.threads)
     policy = load_policy(job.folder)
     for parameter in policy.model.parameters():
@@ -146,6 +154,7 @@ def _policy(job: Job) -> MarianPolicy:
     return policy
 
 
-def _wait() -> None:
+def wait() -> None:
+    """For the device to finish what it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

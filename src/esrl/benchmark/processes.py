@@ -85,14 +85,22 @@ class Measured:
     """What one contestant did, round by round."""
 
     seconds: list[float] = field(default_factory=list)
+    runs: list[int] = field(default_factory=list)  # in each round
+    stages: list[dict[str, float]] = field(default_factory=list)  # seconds by stage, in each round
     lengths: list[list[int]] = field(default_factory=list)  # of every sample, per round
     peak_memory_mb: float = 0.0
+    operations: dict[str, float] = field(default_factory=dict)  # per sampled token, by stage
     failure: str | None = None
 
     @property
     def rates(self) -> list[float]:
         """Tokens per second of each round."""
         return [sum(lengths) / seconds for lengths, seconds in zip(self.lengths, self.seconds, strict=True)]
+
+    @property
+    def seconds_per_run(self) -> list[float]:
+        """Of each round."""
+        return [seconds / runs for seconds, runs in zip(self.seconds, self.runs, strict=True)]
 
 
 def take_turns(jobs: list[Job], repetitions: int, progress: Callable[[str], None]) -> dict[str, Measured]:
@@ -124,8 +132,10 @@ def take_turns(jobs: list[Job], repetitions: int, progress: Callable[[str], None
                 time.sleep(_PAUSE_SECONDS)
                 if answer := ask(name, {"run": repetition}):
                     values.seconds.append(answer["seconds"])
+                    values.runs.append(answer["runs"])
+                    values.stages.append(answer["stages"])
                     values.lengths.append(answer["lengths"])
         for name, values in measured.items():
-            if answer := ask(name, {"memory": True}):
-                values.peak_memory_mb = answer["peak_memory_mb"]
+            values.peak_memory_mb = ask(name, {"memory": True}).get("peak_memory_mb", 0.0)
+            values.operations = ask(name, {"count": 1}).get("operations", {})
     return measured

@@ -11,23 +11,37 @@ from typing import Any
 
 import torch
 
-from esrl.benchmark.stage_one import Row, installed, stage_one
-from esrl.benchmark.workloads import MODELS, Workload
+from esrl.benchmark.limit import limit
+from esrl.benchmark.measure import Meter, Progress, Row, installed
+from esrl.benchmark.rewards import rewards
+from esrl.benchmark.stage_one import stage_one
+from esrl.benchmark.step import memory, scale, step
+from esrl.benchmark.workloads import MODELS
 from esrl.training.run_folder import environment
 
-Progress = Callable[[str], None]
+Section = Callable[[list[str], tuple[int, ...] | None, Meter], tuple[list[Row], list[Row]]]
+
+SECTIONS: dict[str, Section] = {
+    "stage-one": stage_one,
+    "step": step,
+    "memory": memory,
+    "scale": scale,
+    "rewards": rewards,
+    "limit": limit,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchmarkConfig:
     """What to measure, and how often."""
 
-    only: tuple[str, ...] = ("stage-one",)
-    """Sections: stage-one."""
+    only: tuple[str, ...] = tuple(SECTIONS)
+    """Sections: stage-one (tokens sampled per second), step (a whole optimizer step), memory (its peak), scale (rows
+    and prompts grow), rewards (sentences scored per second), limit (what the machine can do at most)."""
     models: tuple[str, ...] = ("small", "base")
     """Random models: small (8 M parameters, samples of 20 tokens on average) and base (50 M, 11 tokens)."""
-    samples: tuple[int, ...] = (20,)
-    """Samples per prompt, k; each is a workload of its own."""
+    samples: tuple[int, ...] | None = None
+    """Samples per prompt, k; each is a workload of its own. Unset: what each section is about."""
     repetitions: int = 3
     """Timed runs of each contestant, after one to warm up."""
     threads: int | None = None
@@ -38,10 +52,10 @@ class BenchmarkConfig:
     def __post_init__(self) -> None:
         _check_names("only", self.only, SECTIONS)
         _check_names("models", self.models, MODELS)
-        if not self.samples:
+        if self.samples is not None and not self.samples:
             raise ValueError("samples is empty; give at least one number of samples per prompt, such as 20.")
         for name, values in (
-            ("samples", self.samples),
+            ("samples", self.samples or ()),
             ("repetitions", (self.repetitions,)),
             ("threads", () if self.threads is None else (self.threads,)),
         ):
@@ -56,13 +70,15 @@ def benchmark(config: BenchmarkConfig, progress: Progress | None = None) -> dict
         progress: is told what runs now, one line at a time.
 
     Returns:
-        A list of rows per section ("stage_one"), "not_run" (contestants left out, each with its reason) and "machine".
+        A list of rows per section ("stage_one", "step", ...), "not_run" (contestants left out, each with its reason)
+        and "machine".
     """
     threads = config.threads or torch.get_num_threads()
     result: dict[str, Any] = {}
     not_run: list[Row] = []
+    meter = Meter(config.repetitions, threads, progress or (lambda _: None))
     for name in dict.fromkeys(config.only):
-        rows, left_out = SECTIONS[name](config, threads, progress or (lambda _: None))
+        rows, left_out = SECTIONS[name](list(dict.fromkeys(config.models)), config.samples, meter)
         result[name.replace("-", "_")] = rows
         not_run += left_out
     return result | {"not_run": not_run, "machine": machine(threads)}
@@ -76,20 +92,6 @@ def machine(threads: int) -> dict[str, Any]:
     if installed("ctranslate2"):
         values["packages"]["ctranslate2"] = metadata.version("ctranslate2")
     return values
-
-
-def _stage_one(config: BenchmarkConfig, threads: int, progress: Progress) -> tuple[list[Row], list[Row]]:
-    workloads = [
-        Workload(name=name, model=MODELS[name], samples=samples)
-        for name in dict.fromkeys(config.models)
-        for samples in dict.fromkeys(config.samples)
-    ]
-    return stage_one(workloads, config.repetitions, threads, progress)
-
-
-SECTIONS: dict[str, Callable[[BenchmarkConfig, int, Progress], tuple[list[Row], list[Row]]]] = {
-    "stage-one": _stage_one,
-}
 
 
 def _check_names(field: str, names: tuple[str, ...], known: Iterable[str]) -> None:

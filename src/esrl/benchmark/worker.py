@@ -1,8 +1,9 @@
 """The process of one contestant: it builds its model, then runs when told to, and never on its own.
 
 ``python -m esrl.benchmark.worker`` reads requests from standard input and answers each on what was standard output,
-one JSON object a line: a job -> {"ready": ...}, {"run": turn} -> {"seconds", "lengths"}, {"memory": true} ->
-{"peak_memory_mb"}. A failure is answered with {"failed": ...} and ends the process.
+one JSON object a line: a job -> {"ready": ...}, {"run": turn} -> {"seconds", "runs", "lengths", "stages"},
+{"memory": true} -> {"peak_memory_mb"}, {"count": turn} -> {"operations"}, per token by stage. A failure is answered
+with {"failed": ...} and ends the process.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils import logging
 
 from esrl.benchmark.contestants import CONTESTANTS, Contestant, Job
+from esrl.benchmark.steps import STEPS, StepContestant
 
 TURN_SECONDS = 0.5
 """A turn lasts at least this long."""
@@ -70,27 +74,46 @@ def serve(requests: Iterator[str], answers: Any) -> None:
         answers.flush()
 
     job = Job(**json.loads(next(requests)))
-    contestant = CONTESTANTS[job.contestant](job)
+    contestant: Contestant = (STEPS if job.kind == "step" else CONTESTANTS)[job.contestant](job)
     # one short run first: the pages of the libraries' code and their thread pools are not the workload's memory
     contestant.run(seed=0, num_prompts=1)
     memory = PeakMemory(uses_torch=not job.contestant.startswith("ctranslate2"))
     answer({"ready": True})
     for line in requests:
         request = json.loads(line)
-        answer({"peak_memory_mb": memory.peak()} if "memory" in request else _timed(contestant, request["run"]))
+        if "memory" in request:
+            answer({"peak_memory_mb": memory.peak()})
+        elif "count" in request:
+            answer({"operations": _operations(contestant, request["count"])})
+        else:
+            answer(_timed(contestant, request["run"]))
 
 
 def _timed(contestant: Contestant, turn: int) -> dict[str, Any]:
     """Run once, and again while the turn is too short to be timed well."""
     seconds, lengths = 0.0, []
-    for seed in itertools.count(turn * _SEEDS_PER_TURN):
+    stages: Counter[str] = Counter()
+    for runs in itertools.count(1):
+        seed = turn * _SEEDS_PER_TURN + runs
         start = time.perf_counter()
         count = contestant.run(seed)
         seconds += time.perf_counter() - start
         lengths += count()
+        stages.update(getattr(contestant, "stages", {}))
         if seconds >= TURN_SECONDS:
-            break
-    return {"seconds": seconds, "lengths": lengths}
+            return {"seconds": seconds, "runs": runs, "lengths": lengths, "stages": dict(stages)}
+    raise AssertionError("the count has no end")
+
+
+def _operations(contestant: Contestant, turn: int) -> dict[str, float]:
+    """Per sampled token, by stage: what PyTorch counts; the kernels that it cannot count are turned off for that."""
+    if not isinstance(contestant, StepContestant):
+        return {}
+    with torch.backends.mkldnn.flags(enabled=False), FlopCounterMode(display=False) as counter:
+        contestant.counter = counter
+        tokens = sum(contestant.run(turn * _SEEDS_PER_TURN)())
+    contestant.counter = None
+    return {stage: count / tokens for stage, count in contestant.operations.items()}
 
 
 def _release_free_memory() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -61,7 +62,8 @@ class DataConfig:
         return [name for name in (self.source_column, self.reference_column) if name is not None]
 
     def resolve(self, path: Path | str) -> Path:
-        """The path, a relative one from `root`."""
+        """The path, a relative one from `root`; "~" is the home folder."""
+        path = os.path.expanduser(path)
         return Path(path) if self.root is None else self.root / path
 
 
@@ -100,13 +102,13 @@ class LoadedData:
     report: DataReport
 
 
-def load_examples(config: DataConfig) -> LoadedData:
+def load_examples(config: DataConfig, *, keep_blank: bool = False) -> LoadedData:
     """Read everything and check it.
 
     The source column becomes ``"source"`` and the reference column ``"reference"``; every further column is kept by
     its name (under ``"original_source"``, say, when it is called like one of these two), as text: what is not a
     string is written as JSON, and a missing value is empty. Texts are not changed in any other way. A record whose
-    source or reference is empty or blank is skipped and counted.
+    source or reference is empty or blank is skipped and counted, or kept (``keep_blank``), so that example n is line n.
 
     Raises:
         ValueError: ``path:line``, what is wrong there and what to do; nothing usable at all.
@@ -116,8 +118,8 @@ def load_examples(config: DataConfig) -> LoadedData:
     records: list[dict[str, str]] = []
     for where, row in rows:
         read += 1
-        columns = None if row is None else _columns(row, config, where)
-        if columns is not None and all(columns[name].strip() for name in (SOURCE, REFERENCE) if name in columns):
+        columns = _blank(config) if row is None else _columns(row, config, where)
+        if keep_blank or all(columns[name].strip() for name in (SOURCE, REFERENCE) if name in columns):
             records.append(columns)
     if not records:
         raise ValueError(
@@ -141,6 +143,7 @@ def load_examples(config: DataConfig) -> LoadedData:
 
 def _open_rows(config: DataConfig) -> tuple[str, Iterator[Row]]:
     if config.source is not None:
+        _require_root(config, config.source)
         return str(config.resolve(config.source)), _parallel_rows(config)
     assert config.path is not None
     path = config.resolve(config.path)
@@ -149,8 +152,17 @@ def _open_rows(config: DataConfig) -> tuple[str, Iterator[Row]]:
         return str(path), read_dataset_folder(path, config.split, config.wanted_columns)
     looks_local = is_table_name(config.path) or config.path[0] in "./~" or config.path.count("/") > 1
     if kind != "missing" or looks_local:
+        _require_root(config, config.path)
         return str(path), read_table(path, config.wanted_columns)
     return config.path, read_hub(config.path, config.subset, config.split)
+
+
+def _require_root(config: DataConfig, path: Path | str) -> None:
+    if config.root is not None and not config.root.exists() and not config.resolve(path).exists():
+        raise ValueError(
+            f"{config.resolve(path)}: no such file, nor a folder {config.root}. Name the folder where the data are "
+            "(--data.root), or fetch them there: `esrl data multi30k` makes data/multi30k."
+        )
 
 
 def _parallel_rows(config: DataConfig) -> Iterator[Row]:
@@ -172,6 +184,11 @@ def _parallel_rows(config: DataConfig) -> Iterator[Row]:
             f"{shorter}:{min(counts)}: the file ends here, but line n of one file must translate line n of the other: "
             f"{source} has {counts[0]:,} lines, {reference} has {counts[1]:,}. Find the missing or extra line."
         )
+
+
+def _blank(config: DataConfig) -> dict[str, str]:
+    """The columns of a blank line of a table."""
+    return dict.fromkeys((SOURCE, REFERENCE)[: len(config.wanted_columns)], "")
 
 
 def _columns(row: dict[str, object], config: DataConfig, where: str) -> dict[str, str]:

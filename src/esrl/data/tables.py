@@ -82,7 +82,7 @@ def read_hub(name: str, subset: str | None, split: str) -> Iterator[Row]:
     try:
         _require_hub()
         data = datasets.load_dataset(name, subset, split=split)
-    except (OSError, ValueError, RuntimeError) as error:  # the loader's own errors are OSErrors and ValueErrors
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
             f"{name}: neither a file or folder here, nor a data set the Hub gave us (split {split!r}, subset "
             f"{subset!r}: {_one_line(error)}). Check the path or name; without network use files, or a data set in "

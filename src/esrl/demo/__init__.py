@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import tomllib
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
@@ -11,17 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from esrl.commands import RunResult, mle, rl
-from esrl.config import METHODS, MLEConfig, RLConfig, build, merge
+from esrl.config import METHODS, MLEConfig, RLConfig
 from esrl.data.demo import make_examples
 from esrl.data.examples import Example
-from esrl.evaluation.decode import DecodingConfig, decode
+from esrl.evaluation.decode import DecodingConfig, decode, on_device
 from esrl.evaluation.scores import metrics_by_name, paired_bootstrap, score_corpus
 from esrl.models.seq2seq import load_policy
 from esrl.report import write_report
 from esrl.report.runs import read_run
+from esrl.settings import build, merge
+from esrl.training.display import say
+from esrl.training.run_folder import RESULT
 from esrl.training.storage import make_folder, replace_bytes
 
 NUM_TRAIN, NUM_DEV, NUM_TEST = 40_000, 300, 1000
@@ -33,6 +36,8 @@ class DemoConfig:
 
     output_dir: Path = Path("runs/demo")
     """Holds the data, the three runs and the report; a demo that is there already is replaced."""
+    resume: bool = False
+    """Go on with the demo in output_dir."""
     seed: int = 1
     """Of the task and of the training."""
 
@@ -48,16 +53,17 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     test = _write_data(folder / "data", config.seed)
     data = {"path": str((folder / "data" / "train.tsv").resolve())}
     dev = {"data": {"path": str((folder / "data" / "dev.tsv").resolve())}}
-    shared = {"overwrite": True, "seed": config.seed, "data": data, "development": dev}
-    print("1/3  maximum likelihood from scratch", file=sys.stderr)
+    shared: dict[str, Any] = {"seed": config.seed, "data": data, "development": dev}
+    shared |= {"resume": config.resume, "overwrite": not config.resume}
+    say("1/3  maximum likelihood from scratch")
     values = merge(_settings("mle.toml"), {**shared, "output_dir": str(folder / "mle")})
     start_config = build(MLEConfig, values, "the demo")
     start = mle(start_config)
-    print("2/3  ESRL", file=sys.stderr)
+    say("2/3  ESRL")
     values = merge(merge(METHODS["esrl"], _settings("rl.toml")), shared)
     values |= {"model": str(start.model), "output_dir": str(folder / "esrl")}
     trained = rl(build(RLConfig, values, "the demo"))
-    print(f"3/3  maximum likelihood trained on for the same {trained.seconds:.0f} s", file=sys.stderr)
+    say(f"3/3  maximum likelihood trained on for the same {trained.seconds:.0f} s")
     longer = mle(
         replace(
             start_config,
@@ -67,13 +73,18 @@ def demo(config: DemoConfig) -> dict[str, Any]:
             model=replace(start_config.model, path=str(start.model)),
             optimizer=replace(start_config.optimizer, learning_rate=1e-3, warmup_steps=0, lr_scheduler="constant"),
             training=replace(
-                start_config.training, max_steps=None, max_seconds=trained.seconds, eval_steps=150, eval_on_start=True
+                start_config.training,
+                max_steps=None,
+                num_epochs=None,
+                max_seconds=trained.seconds,
+                eval_steps=150,
+                eval_on_start=True,
             ),
         )
     )
     runs = {"MLE (the start)": start, "MLE, trained on as long as ESRL": longer, "ESRL": trained}
     result = {"table": _table(runs, test), "note": _note(trained)}
-    replace_bytes(folder / "esrl" / "result.json", json.dumps(result, indent=2, sort_keys=True).encode())
+    replace_bytes(folder / "esrl" / RESULT, json.dumps(result, indent=2).encode())
     report = write_report([folder / "esrl", folder / "mle-longer", folder / "mle"], folder / "report.html")
     return {**result, "report": report}
 
@@ -84,11 +95,11 @@ def show_demo(result: dict[str, Any]) -> None:
     for name in result["table"][0]:
         table.add_column(name, justify="left" if name == "model" else "right")
     for row in result["table"]:
-        table.add_row(*map(str, row.values()))
+        table.add_row(*(escape(str(value)) for value in row.values()))
     console = Console(width=max(110, Console().width))
     console.print(table)
-    console.print(result["note"], highlight=False)
-    console.print(f"report: {result['report']}", highlight=False)
+    console.print(result["note"], highlight=False, markup=False)
+    console.print(f"report: {result['report']}", highlight=False, markup=False)
 
 
 def _settings(name: str) -> dict[str, Any]:
@@ -112,7 +123,8 @@ def _table(runs: dict[str, RunResult], test: list[Example]) -> list[dict[str, st
     references = [example.columns["reference"] for example in test]
     bleu, exact = metrics_by_name(["bleu", "exact_match"])
     outputs = {
-        name: decode(load_policy(run.model), test, DecodingConfig(max_new_tokens=64)) for name, run in runs.items()
+        name: decode(on_device(load_policy(run.model)), test, DecodingConfig(max_new_tokens=64))
+        for name, run in runs.items()
     }
     first = next(iter(outputs.values()))
     rows = []

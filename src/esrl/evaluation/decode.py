@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +28,7 @@ class DecodingConfig:
     max_new_tokens: int = 128
     """Longest output in tokens."""
     max_source_tokens: int = 256
-    """Longer sources are cut, counted and reported."""
+    """Longer sources are cut; `evaluate` and `generate` say how many."""
     batch_size: int = 128
     """Sources decoded at a time."""
 
@@ -38,19 +38,25 @@ class DecodingConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
 
 
-def decode(
-    policy: MarianPolicy,
-    examples: Sequence[Example],
-    config: DecodingConfig,
-    progress: Callable[[int], None] | None = None,
-) -> list[str]:
+def source_limit(policy: MarianPolicy, config: DecodingConfig) -> int:
+    """Tokens of a source that are read, end-of-sequence included."""
+    return min(config.max_source_tokens, policy.max_length)
+
+
+def on_device(policy: MarianPolicy) -> MarianPolicy:
+    """The policy, on the GPU where there is one; training moves its own (Accelerate)."""
+    policy.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return policy
+
+
+def decode(policy: MarianPolicy, examples: Sequence[Example], config: DecodingConfig) -> list[str]:
     """The model's output for each example, in order; sources are batched by length."""
     was_training = policy.model.training
     policy.model.eval()
     texts = [""] * len(examples)
     lengths = [len(example.columns["source"]) for example in examples]
     order = sorted(range(len(examples)), key=lambda i: lengths[i])
-    limit = min(config.max_source_tokens, policy.max_length)
+    limit = source_limit(policy, config)
     sampler = EngineSampler(policy, SamplingConfig(max_new_tokens=min(config.max_new_tokens, policy.max_length)), 0)
     with torch.no_grad():
         for start in range(0, len(order), config.batch_size):
@@ -64,8 +70,6 @@ def decode(
                 )
             for i, text in zip(part, outputs, strict=True):
                 texts[i] = text
-            if progress is not None:
-                progress(len(part))
     policy.model.train(was_training)
     return texts
 

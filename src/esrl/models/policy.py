@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from esrl.algorithm.log_probs import Projection
+from esrl.models.linear import FrozenProjection
 from esrl.types import Prompts
 
 
@@ -47,7 +48,17 @@ class Decoder(Protocol):
         ...
 
     def keep(self, rows: Tensor) -> None:
-        """Drop all rows but these (int64, rising) from the batch and the cache."""
+        """Go on with these rows (int64) in this order; cheap where most of them stay where they are."""
+        ...
+
+
+class FrozenDecoder(Protocol):
+    """The weights of decoder and vocabulary projection as they are now, laid out for stage one."""
+
+    projection: FrozenProjection
+
+    def start(self, state: PromptState, prompt_index: Tensor) -> Decoder:
+        """Begin to decode R rows; ``prompt_index`` (R,) gives each row's prompt."""
         ...
 
 
@@ -68,8 +79,8 @@ class Policy(Protocol):
         """Run the prompts once; with a graph when gradients are enabled."""
         ...
 
-    def decoder(self, state: PromptState, prompt_index: Tensor) -> Decoder:
-        """Start decoding R rows; ``prompt_index`` (R,) never falls."""
+    def frozen_decoder(self) -> FrozenDecoder:
+        """Prepare stage one; to be made anew after each update of the weights."""
         ...
 
     def hidden_states(self, state: PromptState, prompt_index: Tensor, inputs: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoTokenizer, MarianConfig, MarianMTModel
 
 from esrl.algorithm.log_probs import Projection
-from esrl.models.cached_decoder import CachedDecoder
+from esrl.models.cached_decoder import FrozenMarianDecoder
+from esrl.models.groups import PromptGroups
 from esrl.models.policy import PromptState
 from esrl.types import Prompts
 
@@ -62,20 +63,20 @@ class MarianPolicy:
         states = encoder(input_ids=prompts.input_ids.to(self.device), attention_mask=mask).last_hidden_state
         attentions = [layer.encoder_attn for layer in self._layers]
         return PromptState(
-            keys=tuple(split_heads(attention.k_proj(states), attention.num_heads) for attention in attentions),
-            values=tuple(split_heads(attention.v_proj(states), attention.num_heads) for attention in attentions),
+            keys=tuple(_laid_out(attention.k_proj(states), attention.num_heads) for attention in attentions),
+            values=tuple(_laid_out(attention.v_proj(states), attention.num_heads) for attention in attentions),
             mask=mask,
         )
 
-    def decoder(self, state: PromptState, prompt_index: Tensor) -> CachedDecoder:
-        return CachedDecoder(self.model.model.decoder, state, prompt_index)
+    def frozen_decoder(self) -> FrozenMarianDecoder:
+        return FrozenMarianDecoder(self.model.model.decoder, self.projection())
 
     def hidden_states(self, state: PromptState, prompt_index: Tensor, inputs: Tensor) -> Tensor:
         decoder, index = self.model.model.decoder, prompt_index.to(self.device)
         positions = decoder.embed_positions.weight[: inputs.shape[1]]
         hidden = decoder.embed_tokens(inputs) * decoder.embed_scale + positions
         hidden = self._drop(hidden, decoder.dropout)
-        source_mask = None if bool(state.mask.all()) else state.mask[index][:, None, None, :]
+        cross = _CrossAttention(state, index, inputs.shape[1])
         for i, layer in enumerate(self._layers):
             attention = layer.self_attn
             query, key, value = (
@@ -87,14 +88,8 @@ class MarianPolicy:
             )
             hidden = self._add(layer, hidden, attention.out_proj(merge_heads(mixed)), layer.self_attn_layer_norm)
             attention = layer.encoder_attn
-            mixed = functional.scaled_dot_product_attention(
-                split_heads(attention.q_proj(hidden), attention.num_heads),
-                state.keys[i].index_select(0, index),
-                state.values[i].index_select(0, index),
-                attn_mask=source_mask,
-                dropout_p=self._rate(attention.dropout),
-            )
-            hidden = self._add(layer, hidden, attention.out_proj(merge_heads(mixed)), layer.encoder_attn_layer_norm)
+            mixed = cross(i, attention.q_proj(hidden), attention.num_heads, self._rate(attention.dropout))
+            hidden = self._add(layer, hidden, attention.out_proj(mixed), layer.encoder_attn_layer_norm)
             inner = self._drop(layer.activation_fn(layer.fc1(hidden)), layer.activation_dropout)
             hidden = self._add(layer, hidden, layer.fc2(inner), layer.final_layer_norm)
         return hidden
@@ -132,9 +127,49 @@ class MarianPolicy:
         return result
 
 
+class _CrossAttention:
+    """Cross-attention of (R, T) positions to their prompts.
+
+    The rows of a prompt read its keys and values together, without a copy for each. Where prompts have very different
+    numbers of rows, filling up the groups would take more room than the copies: then each row gets its own.
+
+    Args:
+        prompt_index: (R,).
+        length: T.
+    """
+
+    def __init__(self, state: PromptState, prompt_index: Tensor, length: int) -> None:
+        used, local = torch.unique(prompt_index, return_inverse=True)
+        groups = PromptGroups.of(local, len(used))
+        room = groups.num_prompts * groups.ranks * length
+        if room > len(prompt_index) * (length + state.mask.shape[1]):
+            used, groups = prompt_index, PromptGroups(len(prompt_index), 1, None)
+        everything = len(used) == len(state.mask) and bool((used == torch.arange(len(used), device=used.device)).all())
+        self.state, self.groups, self.used = state, groups, None if everything else used
+        mask = state.mask if everything else state.mask[used]
+        self.mask = None if bool(mask.all()) else mask[:, None, None, :]
+
+    def __call__(self, layer: int, query: Tensor, heads: int, dropout: float) -> Tensor:
+        """(R, T, D) queries -> (R, T, D)."""
+        keys, values = self.state.keys[layer], self.state.values[layer]
+        if self.used is not None:
+            keys, values = keys.index_select(0, self.used), values.index_select(0, self.used)
+        length, groups = query.shape[1], self.groups
+        together = groups.spread(query).flatten(1, 2)  # (P, ranks * T, D)
+        mixed = functional.scaled_dot_product_attention(
+            split_heads(together, heads), keys, values, attn_mask=self.mask, dropout_p=dropout
+        )
+        return groups.collect(merge_heads(mixed).unflatten(1, (groups.ranks, length)))
+
+
 def split_heads(states: Tensor, heads: int) -> Tensor:
     """(R, T, D) -> (R, heads, T, head width)."""
     return states.view(*states.shape[:2], heads, -1).transpose(1, 2)
+
+
+def _laid_out(states: Tensor, heads: int) -> Tensor:
+    """As ``split_heads``, contiguous: batched products at every step would otherwise copy it each time."""
+    return split_heads(states, heads).contiguous()
 
 
 def merge_heads(states: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from esrl.errors import StorageError
+from esrl.report.benchmark import benchmark_parts, read_benchmark
 from esrl.report.charts import LEFT_OUT, Section, chart_sections
 from esrl.report.markup import Html, clip, details, element, escape, join, plain, table
 from esrl.report.runs import Row, Run, read_run
@@ -26,7 +27,8 @@ def write_report(runs: Sequence[Path], output: Path) -> Path:
     log is left out and named. ``output`` is replaced in one step.
 
     Args:
-        runs: run folders; several are drawn over each other and compared in a table.
+        runs: run folders; several are drawn over each other and compared in a table. Or one file that
+            ``esrl benchmark --json`` printed.
         output: the file to write; its folder is created.
 
     Returns:
@@ -39,6 +41,9 @@ def write_report(runs: Sequence[Path], output: Path) -> Path:
     output = Path(output)
     if not runs:
         raise ValueError("no run is given; a report needs at least one run folder.")
+    if len(runs) == 1 and Path(runs[0]).is_file():
+        _write(output, render_benchmark(Path(runs[0])))
+        return output
     if output.is_dir():
         raise ValueError(f"{output} is a folder; name the report's file, for example {output / 'report.html'}.")
     _write(output, render([read_run(Path(path)) for path in runs]))
@@ -53,6 +58,15 @@ def render(runs: Sequence[Run]) -> Html:
     parts: list[Html] = [summary_section(named), _result_section(named)]
     parts += [_chart_section(section, named) for section in charts]
     parts += [samples_section(named), _settings_section(named), _notes(named, left_out)]
+    return _document(title, parts)
+
+
+def render_benchmark(path: Path) -> Html:
+    """The whole page of a benchmark's results."""
+    return _document("Benchmark", benchmark_parts(read_benchmark(path)))
+
+
+def _document(title: str, parts: Sequence[Html]) -> Html:
     head = element(
         "head",
         Html('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),

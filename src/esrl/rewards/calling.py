@@ -3,8 +3,9 @@
     reward(prompts, completions, completion_ids, trainer_state, log_extra, log_metric, **columns) -> list[float | None]
 
 Everything is given by name, the data's columns too (``reference``, ``source``, ...); a function without ``**kwargs``
-gets only what it names. ``completion_ids`` are lists of token ids. ``log_metric(name, value)`` and
-``log_extra(column, values)`` hand back what should be logged.
+gets only what it names. ``completion_ids`` are lists of token ids. ``trainer_state`` holds ``global_step`` (steps made
+so far) and ``epoch``, as attributes and by name. ``log_metric(name, value)`` puts a figure into the step's line of
+metrics.jsonl, ``log_extra(column, values)`` a value for each sample into samples.jsonl.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,6 +101,14 @@ class RewardResult:
     extra: dict[str, list]  # from log_extra, R values each
 
 
+class StepCounts(NamedTuple):
+    """What happened in the calls of one step."""
+
+    samples: int = 0
+    abstained: int = 0
+    failed_tries: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class _Component:
     """One reward function, in this process or (``worker``) in its own."""
@@ -114,15 +123,22 @@ class _Component:
 class RewardFunction:
     """The weighted sum of reward functions, held to the contract. Built by ``build_reward``.
 
-    A sample counts as abstained if any function abstains from it, whatever the weights. ``close`` ends the worker
-    processes; they also end with this process.
+    A sample counts as abstained if any function abstains from it, whatever the weights. ``score`` counts into
+    ``counts``, of this process and the step under way, until ``end_step`` takes the step's over. ``close`` ends the
+    worker processes; they also end with this process.
     """
 
     def __init__(self, components: list[_Component], config: RewardConfig) -> None:
         self._components = components
         self._config = config
+        self.counts = StepCounts()
         self._abstain_shares: deque[float] = deque(maxlen=config.abstain_window)
         self._num_samples = self._num_abstained = self._num_failed_tries = 0
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of the functions in the sum."""
+        return tuple(component.weight for component in self._components)
 
     @property
     def required_columns(self) -> tuple[str, ...]:
@@ -158,7 +174,7 @@ class RewardFunction:
 
         Raises:
             ValueError: the lists differ in length.
-            RewardError: a function broke the contract, or too many samples abstained.
+            RewardError: a function broke the contract.
         """
         size = len(completions)
         _check_no_clash(columns)
@@ -192,7 +208,7 @@ class RewardFunction:
             try:
                 return component.call(arguments)
             except WorkerFailure as failure:
-                self._num_failed_tries += 1
+                self._add(failed_tries=1)
                 logger.warning("reward %r %s; %s (%s)", component.name, failure, remedy, first)
             except ContractError as error:
                 culprit = f"for {first}" if error.index is None else _culprit(error.index, completions)
@@ -205,13 +221,27 @@ class RewardFunction:
 
     def _count(self, abstained: Tensor) -> None:
         size, number = len(abstained), int(abstained.sum())
-        if not size:
-            return
-        if number and not self._num_abstained:
+        if number and not self._num_abstained + self.counts.abstained:
             logger.warning("a reward abstained from %d of %d samples; later abstentions are only counted", number, size)
-        self._num_samples += size
-        self._num_abstained += number
-        self._abstain_shares.append(number / size)
+        self._add(samples=size, abstained=number)
+
+    def _add(self, *, samples: int = 0, abstained: int = 0, failed_tries: int = 0) -> None:
+        old = self.counts
+        self.counts = StepCounts(old.samples + samples, old.abstained + abstained, old.failed_tries + failed_tries)
+
+    def end_step(self, counts: StepCounts) -> None:
+        """Take over what a step counted: ``counts``, or the sum of those of all processes.
+
+        Raises:
+            RewardError: too many samples abstained.
+        """
+        self.counts = StepCounts()
+        self._num_samples += counts.samples
+        self._num_abstained += counts.abstained
+        self._num_failed_tries += counts.failed_tries
+        if not counts.samples:
+            return
+        self._abstain_shares.append(counts.abstained / counts.samples)
         window, limit = self._config.abstain_window, self._config.max_abstain_share
         share = sum(self._abstain_shares) / window
         if share > limit:
@@ -222,7 +252,7 @@ class RewardFunction:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """The counters; JSON-able."""
+        """The counters of the steps that have ended; JSON-able."""
         return {
             "abstain_shares": list(self._abstain_shares),
             "num_samples": self._num_samples,
@@ -232,6 +262,7 @@ class RewardFunction:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue counting where ``state_dict`` was taken."""
+        self.counts = StepCounts()
         self._abstain_shares = deque(state["abstain_shares"], maxlen=self._config.abstain_window)
         self._num_samples = state["num_samples"]
         self._num_abstained = state["num_abstained"]

@@ -52,6 +52,15 @@ class Reply(NamedTuple):
     extra: dict[str, list]
 
 
+class TrainerState(dict[str, Any]):
+    """What a function gets as ``trainer_state``: a mapping whose entries are attributes, too, as in TRL."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self:
+            return self[name]
+        raise AttributeError(f"trainer_state has no {name!r}; it has {', '.join(self)}.")
+
+
 def load_function(path: str) -> Callable[..., Any]:
     """The function named by ``package.module:name``, ``package.module.name`` or ``path/to/file.py:name``.
 
@@ -157,6 +166,8 @@ def call_function(function: Callable[..., Any], accepted: list[str] | None, argu
         extra[str(column)] = list(values)
 
     arguments = {**arguments, "log_metric": log_metric, "log_extra": log_extra}
+    if "trainer_state" in arguments:
+        arguments["trainer_state"] = TrainerState(arguments["trainer_state"])
     if accepted is not None:
         arguments = {name: value for name, value in arguments.items() if name in accepted}
     values = function(**arguments)

@@ -2,12 +2,50 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from esrl.algorithm.log_probs import MAX_LOGITS, Projection
+from esrl.algorithm.log_probs import exponential
+
+_BLOCK = 128
+"""Tokens whose weights are summed before the search: a sum is vectorised, a cumulative sum over V is not."""
+
+
+class VocabularyProjection(Protocol):
+    """Hidden states in, logits out."""
+
+    vocabulary: int
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(N, D) -> (N, V), in at least float32; the caller may overwrite them."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Temperature:
+    """(R,) temperatures, and what holds for all of them: a draw need not ask the device."""
+
+    values: Tensor
+    greedy: bool  # all are 0
+    some_greedy: bool
+    plain: bool  # all are 1
+
+    @classmethod
+    def of(cls, values: Tensor) -> Temperature:
+        """Look at (R,) temperatures; 0 takes the most probable token."""
+        greedy = values == 0
+        return cls(values, bool(greedy.all()), bool(greedy.any()), bool((values == 1).all()))
+
+    def rows(self, index: Tensor) -> Temperature:
+        """Those of some rows."""
+        return self if self.greedy or self.plain else replace(self, values=self.values[index])
+
+    def part(self, rows: slice) -> Temperature:
+        """Those of a chunk."""
+        return self if self.greedy or self.plain else replace(self, values=self.values[rows])
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,31 +60,24 @@ class Drawn:
 
 def draw_tokens(
     hidden: Tensor,
-    projection: Projection,
-    temperature: Tensor,
+    projection: VocabularyProjection,
+    temperature: Temperature,
     uniforms: Tensor,
-    records: tuple[str, ...] = (),
-    max_logits: int = MAX_LOGITS,
+    records: tuple[str, ...],
+    max_logits: int,
 ) -> Drawn:
     """Draw the next token of each row by inverting the cumulative distribution at its uniform number.
 
     Args:
         hidden: (R, D).
-        temperature: (R,); 0 takes the most probable token.
         uniforms: (R,) in [0, 1).
         records: any of "entropy" (of the distribution at temperature 1, in nats) and "max_prob".
-
-    Logits exist for one chunk of rows at a time.
+        max_logits: logits that exist at a time.
     """
-    size = max(1, max_logits // projection.weight.shape[0])
+    size = max(1, max_logits // projection.vocabulary)
     parts = [
-        _draw_chunk(
-            projection.logits(hidden[start : start + size]),
-            temperature[start : start + size],
-            uniforms[start : start + size],
-            records,
-        )
-        for start in range(0, hidden.shape[0], size)
+        _draw_chunk(projection.logits(hidden[rows]), temperature.part(rows), uniforms[rows], records)
+        for rows in (slice(start, start + size) for start in range(0, hidden.shape[0], size))
     ]
     if len(parts) == 1:
         return parts[0]
@@ -58,26 +89,28 @@ def draw_tokens(
     )
 
 
-def _draw_chunk(logits: Tensor, temperature: Tensor, uniforms: Tensor, records: tuple[str, ...]) -> Drawn:
-    best, best_token = logits.max(1)
-    logits -= best[:, None]
-    greedy = temperature == 0
-    if bool(greedy.all()):
-        tokens = best_token
-        weights = logits.exp()
-        log_norm = weights.sum(1).log()
-        sampling = torch.zeros_like(log_norm)
+def _draw_chunk(logits: Tensor, temperature: Temperature, uniforms: Tensor, records: tuple[str, ...]) -> Drawn:
+    logits -= logits.amax(1, keepdim=True)
+    weights = exponential(logits)
+    log_norm = None if temperature.plain else weights.sum(1).log()
+    if temperature.greedy:
+        tokens = logits.argmax(1)
+        sampling = torch.zeros_like(uniforms, dtype=logits.dtype)
     else:
-        temperature = torch.where(greedy, 1.0, temperature).to(logits.dtype)
-        plain = bool((temperature == 1).all())
-        weights = logits.exp() if plain else torch.exp(logits / temperature[:, None])
+        tau: float | Tensor = 1.0
+        if not temperature.plain:
+            tau = temperature.values.to(logits.dtype)
+            tau = torch.where(tau == 0, 1.0, tau) if temperature.some_greedy else tau
+            weights = exponential(torch.div(logits, tau[:, None], out=weights), out=weights)
         tokens, log_total = invert_cumulative(weights, uniforms)
-        # a parallel scan (CUDA) need not be monotone to the last bit; a token of weight 0 is never drawn there either
-        impossible = weights.gather(1, tokens[:, None])[:, 0] == 0
-        tokens = torch.where(greedy | impossible, best_token, tokens)
+        log_norm = log_total if log_norm is None else log_norm
+        if temperature.some_greedy:
+            tokens = torch.where(temperature.values == 0, logits.argmax(1), tokens)
         chosen = logits.gather(1, tokens[:, None])[:, 0]
-        sampling = torch.where(greedy, 0.0, chosen / temperature - log_total)
-        log_norm = log_total if plain else logits.exp().sum(1).log()
+        sampling = chosen / tau - log_total
+        if temperature.some_greedy:
+            sampling = torch.where(temperature.values == 0, 0.0, sampling)
+    assert log_norm is not None
     log_probs = logits.gather(1, tokens[:, None])[:, 0] - log_norm
     return Drawn(tokens, log_probs, sampling, {name: _record(name, logits, log_norm) for name in records})
 
@@ -85,16 +118,41 @@ def _draw_chunk(logits: Tensor, temperature: Tensor, uniforms: Tensor, records: 
 def invert_cumulative(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """The first token whose cumulative weight exceeds u times the total: (R, V), (R,) -> (R,) tokens, (R,) log total.
 
-    A token of weight 0 is never drawn: its cumulative weight equals its predecessor's.
+    First the block of tokens is found, then the token in it. One of weight 0 is never drawn: its cumulative weight
+    equals its predecessor's.
     """
-    cumulative = weights.cumsum(1)
+    vocabulary = weights.shape[1]
+    cumulative = _block_sums(weights).cumsum(1)
     total = cumulative[:, -1]
-    # u < 1, but u * total can round up to total, which no cumulative weight exceeds
-    below = torch.nextafter(total, torch.zeros_like(total))
-    target = torch.minimum(uniforms.to(total.dtype) * total, below)
-    tokens = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
+    target = _below(uniforms.to(total.dtype) * total, total)
+    block = torch.searchsorted(cumulative, target[:, None], right=True)
     # where the weights are NaN the search runs off the end; the log-probabilities are NaN too, and checked later
-    return tokens.clamp_max(weights.shape[1] - 1), total.log()
+    block = block.clamp_max_(cumulative.shape[1] - 1)
+    before = cumulative.gather(1, (block - 1).clamp_min_(0)).masked_fill_(block == 0, 0)
+    members = block * _BLOCK + torch.arange(_BLOCK, device=weights.device)
+    inside = weights.gather(1, members.clamp_max(vocabulary - 1)).masked_fill_(members >= vocabulary, 0).cumsum_(1)
+    rest = _below(target[:, None] - before, inside[:, -1:])
+    offset = torch.searchsorted(inside, rest.clamp_min_(0), right=True)
+    tokens = (block * _BLOCK + offset)[:, 0].clamp_max_(vocabulary - 1)
+    if weights.is_cuda:  # a parallel scan need not rise to the last bit
+        impossible = weights.gather(1, tokens[:, None])[:, 0] == 0
+        tokens = torch.where(impossible, weights.argmax(1), tokens)
+    return tokens, total.log()
+
+
+def _block_sums(weights: Tensor) -> Tensor:
+    """(R, V) -> (R, V / block), the last block may be shorter."""
+    rows, vocabulary = weights.shape
+    whole = vocabulary // _BLOCK
+    sums = weights[:, : whole * _BLOCK].view(rows, whole, _BLOCK).sum(2)
+    if whole * _BLOCK == vocabulary:
+        return sums
+    return torch.cat([sums, weights[:, whole * _BLOCK :].sum(1, keepdim=True)], 1)
+
+
+def _below(target: Tensor, total: Tensor) -> Tensor:
+    """Rounding can bring u * total up to total, which no cumulative weight exceeds."""
+    return torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
 
 
 def _record(name: str, shifted: Tensor, log_norm: Tensor) -> Tensor:

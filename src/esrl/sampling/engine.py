@@ -9,16 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from esrl.algorithm.log_probs import MAX_LOGITS
 from esrl.algorithm.streams import sample_uniforms
 from esrl.errors import NumericsError
-from esrl.models.policy import Policy, PromptState
-from esrl.sampling.draw import Drawn, draw_tokens
+from esrl.models.policy import FrozenDecoder, Policy, PromptState
+from esrl.sampling.draw import Drawn, Temperature, draw_tokens
 from esrl.types import Prompts, Rollouts, SamplingPlan
 
 
@@ -30,23 +29,54 @@ class SamplingConfig:
     """Longest sample in tokens, EOS included."""
     max_length_ratio: float | None = None
     """If set, a sample is also cut at ceil(ratio * source tokens) + 10."""
-    max_cache_tokens: int = 65536
-    """Rows times max_new_tokens of one wave; bounds the key/value cache whatever k_x is."""
+    max_cache_tokens: int | None = None
+    """Rows times max_new_tokens of one wave; bounds the key/value cache whatever k_x is. Unset: 32,768 on CPUs, 524,288
+    on CUDA."""
     max_prompt_tokens: int = 16384
     """Source tokens encoded at a time, padding included."""
     compaction_share: float = 0.125
-    """Finished rows are dropped from the batch once they are this share of it; 0 drops them at every step."""
-    max_logits: int = MAX_LOGITS
-    """Logits computed at a time."""
+    """Finished rows are dropped from the batch once they are about this share of it; 0 drops them as soon as can be."""
+    max_logits: int | None = None
+    """Logits computed at a time. Unset: 1,048,576 on CPUs, where they so stay in the cache, 67,108,864 on CUDA."""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "max_cache_tokens", "max_prompt_tokens", "max_logits"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
         if self.max_length_ratio is not None and not self.max_length_ratio > 0:
             raise ValueError(f"max_length_ratio is {self.max_length_ratio}; it must be above 0.")
         if not 0 <= self.compaction_share <= 1:
             raise ValueError(f"compaction_share is {self.compaction_share}; it must lie in [0, 1].")
+
+
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    """What is left to the device where the configuration does not say it."""
+
+    cache_tokens: int
+    logits: int
+    check_steps: int  # steps between two looks at how many rows have ended: each look waits for the device
+
+    @classmethod
+    def of(cls, config: SamplingConfig, device: torch.device) -> _Limits:
+        cuda = device.type == "cuda"
+        return cls(
+            cache_tokens=config.max_cache_tokens or (1 << 19 if cuda else 1 << 15),
+            logits=config.max_logits or (1 << 26 if cuda else 1 << 20),
+            check_steps=8 if cuda else 1,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """One call of ``sample``."""
+
+    prompts: Prompts
+    plan: SamplingPlan
+    epoch: int
+    records: tuple[str, ...]
+    decoder: FrozenDecoder
+    limits: _Limits
 
 
 class EngineSampler:
@@ -77,11 +107,13 @@ class EngineSampler:
         Raises:
             NumericsError: the model gave a log-probability that is not finite.
         """
+        limits = _Limits.of(self.config, self.policy.device)
         with _without_dropout(self.policy.model):
+            request = _Request(prompts, plan, epoch, records, self.policy.frozen_decoder(), limits)
             waves = [
-                self._wave(state, prompts, plan, rows, epoch, records)
+                self._wave(request, state, rows)
                 for state, all_rows in self._encoded(prompts, plan)
-                for rows in self._waves(all_rows)
+                for rows in self._waves(all_rows, limits)
             ]
         rollouts = self._collect(waves, records)
         check_log_probs(rollouts.log_probs, rollouts.prompt_index, prompts)
@@ -100,8 +132,8 @@ class EngineSampler:
             sample = torch.tensor([s for i in part for s in range(counts[i])], dtype=torch.int64)
             yield state, _Rows(local, torch.tensor(part, dtype=torch.int64)[local], sample)
 
-    def _waves(self, rows: _Rows) -> Iterator[_Rows]:
-        size = max(1, self.config.max_cache_tokens // self.config.max_new_tokens)
+    def _waves(self, rows: _Rows, limits: _Limits) -> Iterator[_Rows]:
+        size = max(1, limits.cache_tokens // self.config.max_new_tokens)
         for start in range(0, len(rows.prompt), size):
             part = slice(start, start + size)
             yield _Rows(rows.local[part], rows.prompt[part], rows.sample[part])
@@ -115,58 +147,55 @@ class EngineSampler:
         ratio = self.config.max_length_ratio
         return limits.minimum(torch.tensor([math.ceil(ratio * length) + 10 for length in lengths]))
 
-    def _wave(
-        self,
-        state: PromptState,
-        prompts: Prompts,
-        plan: SamplingPlan,
-        rows: _Rows,
-        epoch: int,
-        records: tuple[str, ...],
-    ) -> _Wave:
+    def _wave(self, request: _Request, state: PromptState, rows: _Rows) -> _Wave:
         """Decode rows until all have ended; a row's number in the batch is looked up in ``alive``."""
-        policy, device, config = self.policy, self.policy.device, self.config
-        limits = self.limits(prompts, rows.prompt)
+        device, config = self.policy.device, self.config
+        limits = self.limits(request.prompts, rows.prompt)
         steps = int(limits.max())
-        temperature = plan.temperature[rows.prompt].to(device)
-        greedy = bool((temperature == 0).all())
-        ids = [prompts.example_ids[i] for i in rows.prompt.tolist()]
-        uniforms = (
-            torch.zeros(len(ids), steps, dtype=torch.float64)
-            if greedy
-            else sample_uniforms(self.seed, epoch, ids, rows.sample.tolist(), steps)
-        ).to(device)
-        output = _Wave(rows, len(ids), steps, records, state.keys[0].dtype, device)
+        temperature = Temperature.of(request.plan.temperature[rows.prompt])
+        uniforms = self._uniforms(request, rows, 0 if temperature.greedy else steps).to(device)
+        temperature = replace(temperature, values=temperature.values.to(device))
+        output = _Wave(rows, steps, request.records, state.keys[0].dtype, device)
         # encoded parts may be larger than a wave: take this wave's prompts only
         used, local = torch.unique_consecutive(rows.local.to(device), return_inverse=True)
         state = state if len(used) == state.mask.shape[0] else state.select(used)
-        decoder, projection = policy.decoder(state, local), policy.projection()
-        alive = torch.arange(len(ids), device=device)
-        done = torch.zeros(len(ids), dtype=torch.bool, device=device)
-        tokens = torch.full((len(ids),), policy.start_token, device=device)
-        eos, limits = torch.tensor(policy.eos_tokens, device=device), limits.to(device)
+        decoder, projection = request.decoder.start(state, local), request.decoder.projection
+        alive = torch.arange(len(local), device=device)
+        done = torch.zeros(len(local), dtype=torch.bool, device=device)
+        tokens = torch.full((len(local),), self.policy.start_token, device=device)
+        eos, limits = torch.tensor(self.policy.eos_tokens, device=device), limits.to(device)
         for position in range(steps):
+            numbers = uniforms[alive, 0 if temperature.greedy else position]
             hidden = decoder.step(tokens)
             drawn = draw_tokens(
-                hidden, projection, temperature[alive], uniforms[alive, position], records, config.max_logits
+                hidden, projection, temperature.rows(alive), numbers, request.records, request.limits.logits
             )
             ended = torch.isin(drawn.tokens, eos)
             output.write(position, alive, ~done, drawn, ended)
             done |= ended | (limits[alive] == position + 1)
+            tokens = drawn.tokens
+            if (position + 1) % request.limits.check_steps:
+                continue
             num_done = int(done.sum())
             if num_done == len(alive):
                 break
-            tokens = drawn.tokens
-            if num_done and num_done >= config.compaction_share * len(alive):
-                left = (~done).nonzero()[:, 0]
+            size = _batch_size(len(alive) - num_done)
+            if size < len(alive) and size <= (1 - config.compaction_share) * len(alive):
+                left = _survivors(done, size)
                 decoder.keep(left)
-                alive, tokens = alive[left], tokens[left]
-                done = torch.zeros_like(alive, dtype=torch.bool)
+                alive, tokens, done = alive[left], tokens[left], done[left]
         return output
+
+    def _uniforms(self, request: _Request, rows: _Rows, steps: int) -> Tensor:
+        """(R, steps), or (R, 1) zeros where nothing is drawn."""
+        if not steps:
+            return torch.zeros(len(rows.prompt), 1, dtype=torch.float64)
+        ids = [request.prompts.example_ids[i] for i in rows.prompt.tolist()]
+        return sample_uniforms(self.seed, request.epoch, ids, rows.sample.tolist(), steps)
 
     def _collect(self, waves: list[_Wave], records: tuple[str, ...]) -> Rollouts:
         """Join the waves, cut to the longest sample, decode to text."""
-        width = max((wave.width for wave in waves), default=1)
+        width = max((int(wave.tensors["mask"].sum(1).max()) for wave in waves), default=1)
         cpu = torch.device("cpu")
 
         def join(name: str) -> Tensor:
@@ -200,16 +229,10 @@ class _Wave:
     """The output of one wave, filled position by position."""
 
     def __init__(
-        self,
-        rows: _Rows,
-        num_rows: int,
-        steps: int,
-        records: tuple[str, ...],
-        dtype: torch.dtype,
-        device: torch.device,
+        self, rows: _Rows, steps: int, records: tuple[str, ...], dtype: torch.dtype, device: torch.device
     ) -> None:
+        num_rows = len(rows.prompt)
         self.rows = rows
-        self.width = 1
         self.finished = torch.zeros(num_rows, dtype=torch.bool, device=device)
         values = {name: torch.zeros(num_rows, steps, dtype=_accumulate(dtype), device=device) for name in records}
         for name in ("log_probs", "sampling_log_probs"):
@@ -220,7 +243,6 @@ class _Wave:
 
     def write(self, position: int, alive: Tensor, real: Tensor, drawn: Drawn, ended: Tensor) -> None:
         """Store what the rows that have not ended drew at this position."""
-        self.width = position + 1
         column = {
             "tokens": drawn.tokens * real,
             "mask": real,
@@ -231,6 +253,21 @@ class _Wave:
         for name, values in column.items():
             self.tensors[name][alive, position] = values
         self.finished[alive] |= ended & real
+
+
+def _batch_size(rows: int) -> int:
+    """A size for so many rows; few different ones, since oneDNN makes a new kernel for each (docs/performance.md)."""
+    step = 8 if rows <= 64 else 32
+    return -(-rows // step) * step
+
+
+def _survivors(done: Tensor, size: int) -> Tensor:
+    """``size`` rows with all that have not ended: the last ones take the places of those that have, the others stay."""
+    order = torch.arange(size, device=done.device)
+    movers = (~done[size:]).nonzero()[:, 0] + size
+    holes = done[:size].nonzero()[:, 0]
+    order[holes[: len(movers)]] = movers
+    return order
 
 
 def check_log_probs(log_probs: Tensor, prompt_index: Tensor, prompts: Prompts) -> None:

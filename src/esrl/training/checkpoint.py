@@ -108,6 +108,11 @@ class CheckpointStore:
         self._prune(step)
         return path
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no checkpoint, intact or not, is there."""
+        return not self._folders()
+
     def latest(self) -> Checkpoint | None:
         """The newest intact checkpoint; None when none was ever saved. Changes nothing on the disk.
 

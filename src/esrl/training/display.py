@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from typing import Any
+from contextlib import suppress
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -12,8 +14,27 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 _PLAIN_INTERVAL = 30.0
 
 
+def say(text: object) -> None:
+    """A line on standard error. Whoever reads it may have gone, and a run does not end for that."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        silence(sys.stderr)
+    except OSError:  # a full disk or a lost terminal; it may come back
+        pass
+
+
+def silence(stream: TextIO) -> None:
+    """Send a stream whose reader has gone to nowhere: flushing it again, as Python does at its end, would fail."""
+    with suppress(OSError):  # a stream without a file
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
 class Display:
-    """A progress bar on a terminal; a plain line now and then where standard error is a file."""
+    """A progress bar on a terminal; a plain line now and then where standard error is a file. That it cannot be shown
+    ends no run."""
 
     def __init__(self, total_steps: int | None, max_seconds: float | None, enabled: bool) -> None:
         self.console = Console(stderr=True)
@@ -29,13 +50,15 @@ class Display:
         self.progress = Progress(*columns, console=self.console, disable=not enabled or not sys.stderr.isatty())
 
     def __enter__(self) -> Display:
-        self.progress.start()
+        with suppress(OSError):
+            self.progress.start()
         total = self.max_seconds if self.max_seconds is not None else self.total_steps
         self.bar = self.progress.add_task("training", total=total, rate="", shown="")
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.progress.stop()
+        with suppress(OSError):
+            self.progress.stop()
 
     def step(self, step: int, seconds: float, metrics: dict[str, Any]) -> None:
         """Show where training stands; ``seconds`` of training so far."""
@@ -49,7 +72,7 @@ class Display:
         now = time.monotonic()
         if self.progress.disable and now - self._last_line > _PLAIN_INTERVAL:
             self._last_line = now
-            print(f"step {step}{self._left(step, seconds)}  {rate}  {shown}", file=sys.stderr, flush=True)
+            say(f"step {step}{self._left(step, seconds)}  {rate}  {shown}")
 
     def evaluation(self, line: dict[str, Any]) -> None:
         """Show an evaluation."""
@@ -59,9 +82,10 @@ class Display:
         best = "  (best so far)" if line["best"] else ""
         text = f"step {line['step']}, epoch {line['epoch']:.2f}: {scores}{best}"
         if self.progress.disable:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
         else:
-            self.progress.console.print(text, highlight=False, markup=False)
+            with suppress(OSError):
+                self.progress.console.print(text, highlight=False, markup=False)
 
     def _left(self, step: int, seconds: float) -> str:
         if self.max_seconds is not None:

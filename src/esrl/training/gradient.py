@@ -10,7 +10,7 @@ encoder.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import torch
@@ -20,6 +20,7 @@ from esrl.algorithm.log_probs import MAX_LOGITS, token_log_probs, weighted_log_p
 from esrl.algorithm.streams import seed_of
 from esrl.errors import OutOfMemoryError
 from esrl.models.policy import Policy, PromptState
+from esrl.training.oom import free_cached_memory, is_out_of_memory
 from esrl.types import Prompts, Rollouts
 
 Result = TypeVar("Result")
@@ -32,10 +33,11 @@ class GradientConfig:
     kind: Literal["two_stage", "graph"] = "two_stage"
     """`two_stage` (paper) or `graph`: the conventional step that keeps the graph of sampling, for small models (the
     ablation without two stages)."""
-    micro_batch_tokens: int = 4096
-    """Target tokens, padding included, in one micro-batch; halved when memory runs out."""
-    max_prompt_tokens: int = 16384
-    """Source tokens, padding included, whose encoder graph is held at a time."""
+    micro_batch_tokens: int | None = None
+    """Target tokens, padding included, in one micro-batch; halved when memory runs out. Unset: 1,024 on CPUs, 16,384 on
+    CUDA."""
+    max_prompt_tokens: int | None = None
+    """Source tokens, padding included, whose encoder graph is held at a time. Unset: 4,096 on CPUs, 65,536 on CUDA."""
     max_logits: int = MAX_LOGITS
     """Logits computed at a time."""
     dropout: float = 0.0
@@ -48,7 +50,7 @@ class GradientConfig:
         if self.kind not in ("two_stage", "graph"):
             raise ValueError(f'gradient kind is {self.kind!r}; choose "two_stage" or "graph".')
         for name in ("micro_batch_tokens", "max_prompt_tokens", "max_logits"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must lie in [0, 1).")
@@ -59,12 +61,15 @@ class GradientConfig:
 class StageTwo:
     """Scores complete samples and back-propagates coefficients.
 
-    ``config.micro_batch_tokens`` may have been halved by a lack of memory; the smaller size is kept.
+    ``micro_batch_tokens`` may have been halved by a lack of memory; the smaller size is kept.
     """
 
     def __init__(self, policy: Policy, config: GradientConfig) -> None:
         self.policy = policy
         self.config = config
+        cuda = policy.device.type == "cuda"
+        self.micro_batch_tokens = config.micro_batch_tokens or (1 << 14 if cuda else 1 << 10)
+        self.max_prompt_tokens = config.max_prompt_tokens or (1 << 16 if cuda else 1 << 12)
 
     @property
     def rescores(self) -> bool:
@@ -76,8 +81,12 @@ class StageTwo:
 
     def shrink(self, micro_batch_tokens: int) -> None:
         """Go on with the micro-batch that an earlier part of the run had to take."""
-        if micro_batch_tokens < self.config.micro_batch_tokens:
-            self.config = replace(self.config, micro_batch_tokens=micro_batch_tokens)
+        while self.micro_batch_tokens > max(1, micro_batch_tokens):
+            self._halve()
+
+    def _halve(self) -> None:
+        self.micro_batch_tokens //= 2
+        self.max_prompt_tokens = max(1, self.max_prompt_tokens // 2)
 
     def log_probs(self, prompts: Prompts, rollouts: Rollouts, temperature: Tensor | None, seed: int) -> Tensor:
         """(R, T) log-probabilities of the samples, without a graph; 0 outside the mask."""
@@ -140,6 +149,7 @@ class StageTwo:
                     self.policy.projection(),
                     temperature=batch.per_token(temperature),
                     max_logits=self.config.max_logits,
+                    accumulate=True,
                 ).backward()
             reached = [i for i, leaf in enumerate(leaves) if leaf.grad is not None]
             if reached:
@@ -155,7 +165,7 @@ class StageTwo:
         selected = rows.nonzero()[:, 0]
         owner = rollouts.prompt_index[selected]
         used = torch.unique_consecutive(owner)
-        size = max(1, self.config.max_prompt_tokens // max(1, prompts.mask.shape[1]))
+        size = max(1, self.max_prompt_tokens // max(1, prompts.mask.shape[1]))
         for number, start in enumerate(range(0, len(used), size)):
             members = used[start : start + size]
             if self.config.dropout:
@@ -173,7 +183,7 @@ class StageTwo:
         start, number = 0, 0
         while start < len(rows):
             width = int(lengths[start])
-            end = start + max(1, self.config.micro_batch_tokens // max(1, width))
+            end = start + max(1, self.micro_batch_tokens // max(1, width))
             yield self._micro_batch(rollouts, rows[start:end], width, members, number)
             start, number = end, number + 1
 
@@ -197,23 +207,15 @@ class StageTwo:
             try:
                 return work()
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
-                smaller = self.config.micro_batch_tokens // 2
-                if smaller < 1:
+                if self.micro_batch_tokens == 1:
                     raise OutOfMemoryError(
                         "out of memory with one sample per micro-batch; take a smaller model, shorter samples "
                         "(sampling.max_new_tokens) or fewer source tokens (gradient.max_prompt_tokens)."
                     ) from error
-                self.config = replace(self.config, micro_batch_tokens=smaller)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return "not enough memory" in str(error) or "can't allocate memory" in str(error)
+                self._halve()
+            free_cached_memory()
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,10 @@ class RunLock:
         self.path = folder / LOCK_NAME
         self._fd = -1
 
+    @property
+    def is_held(self) -> bool:
+        return self._fd >= 0
+
     def __enter__(self) -> RunLock:
         make_folder(self.folder)
         with storage_errors(self.path):

@@ -9,27 +9,26 @@ from __future__ import annotations
 
 import math
 import signal
-import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import nn
 
 from esrl.algorithm.streams import seed_of
-from esrl.errors import EsrlError, Interrupted, NumericsError, StorageError
+from esrl.errors import Interrupted, NumericsError, StorageError
 from esrl.training.checkpoint import Checkpoint, pack_json, pack_tensors, unpack_json, unpack_tensors
-from esrl.training.display import Display
+from esrl.training.display import Display, say
 from esrl.training.interrupts import Interrupts
 from esrl.training.memory import peak_memory_mb, reset_peak_memory
 from esrl.training.optimization import Optimizer, OptimizerConfig, learning_rate
 from esrl.training.processes import Processes
 from esrl.training.run_folder import RunFolder, read_folder
+from esrl.training.task import Task, Update
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +55,8 @@ class LoopConfig:
     """Save also when the last checkpoint is older than this; it changes nothing but what a kill can cost."""
     save_total_limit: int | None = 2
     """Checkpoints kept."""
+    skip_nonfinite: int = 0
+    """Steps in a row that are skipped, nothing updated, when a number in them is not finite; one more ends the run."""
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "num_epochs", "max_seconds", "eval_steps", "patience", "save_steps"):
@@ -64,45 +65,10 @@ class LoopConfig:
                 raise ValueError(f"{name} is {value}; it must be above 0 and finite.")
         if not self.save_seconds >= 0:
             raise ValueError(f"save_seconds is {self.save_seconds}; it must be 0 or more.")
+        if self.skip_nonfinite < 0:
+            raise ValueError(f"skip_nonfinite is {self.skip_nonfinite}; it must be 0 or more.")
         if self.max_steps is None and self.num_epochs is None and self.max_seconds is None:
             raise ValueError("set max_steps, num_epochs or max_seconds: without any of them a run never ends.")
-
-
-@dataclass(slots=True)
-class Update:
-    """What a task's step hands to the loop; gradients are already in the parameters' ``grad``, summed."""
-
-    loss: float  # sum, this process
-    denominator: float  # what the sum is divided by, this process
-    metrics: dict[str, Any]
-    commit: Callable[[], list[dict[str, Any]]]
-    """Makes the step's changes to the task's state; returns the lines for samples.jsonl. It must not fail."""
-
-
-class Task(Protocol):
-    """What a training step is."""
-
-    model: nn.Module
-
-    def num_batches(self, epoch: int) -> int:
-        """Steps in an epoch."""
-        ...
-
-    def compute(self, epoch: int, batch: int) -> Update:
-        """Compute one step's gradients without changing any state."""
-        ...
-
-    def evaluate(self) -> dict[str, float]:
-        """Scores on the development set, ``dev_*``; empty when there is none."""
-        ...
-
-    def export(self) -> dict[str, bytes]:
-        """The model folder's files."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass(slots=True)
@@ -118,6 +84,8 @@ class LoopState:
     best_step: int = -1
     start_score: float | None = None
     evaluations_without_gain: int = 0
+    skipped: int = 0
+    """Steps in a row that were skipped."""
     offsets: dict[str, int] = field(default_factory=dict)
 
 
@@ -151,6 +119,10 @@ class Loop:
         self.fingerprint = dict(fingerprint)
         self.tracker = tracker
         self.processes = Processes()
+        if config.skip_nonfinite and self.processes.active:
+            raise ValueError(
+                "skip_nonfinite needs a single process: of several, one alone may find the number. Set it to 0."
+            )
         self.state = LoopState()
         self.total_steps = self._total_steps()
         self.was_complete = False
@@ -175,8 +147,8 @@ class Loop:
                 self._train(interrupts, display)
             except StorageError:
                 raise
-            except (EsrlError, Interrupted) as error:
-                self._rescue(error)
+            except (Exception, Interrupted) as error:
+                self._rescue(error, interrupts)
                 raise
         return self.state
 
@@ -199,7 +171,20 @@ class Loop:
                 raise Interrupted(int(interrupts.pending or signal.SIGTERM))
 
     def _step(self, interrupts: Interrupts, display: Display) -> None:
-        state, started = self.state, time.monotonic()
+        started = time.monotonic()
+        try:
+            update, figures = self._compute()
+        except NumericsError as error:
+            if self.state.skipped >= self.config.skip_nonfinite:
+                raise
+            metrics = self._skip(str(error), started, interrupts)
+        else:
+            metrics = self._commit(update, figures, started, interrupts)
+        display.step(self.state.step, self.state.seconds, metrics)
+
+    def _compute(self) -> tuple[Update, dict[str, float]]:
+        """A step's gradient, divided and clipped, and what is logged of it; nothing is updated yet."""
+        state = self.state
         self.optimizer.zero_grad()
         torch.manual_seed(seed_of("step", self.seed, state.step, self.processes.rank))
         update = self.task.compute(state.epoch, state.batch)
@@ -213,27 +198,41 @@ class Loop:
             )
         norm = self.optimizer.scale_and_clip(denominator)
         rate = learning_rate(state.step, self.total_steps, self.optimizer.config)
+        return update, {"loss": loss, "grad_norm": norm, "learning_rate": rate}
+
+    def _commit(
+        self, update: Update, figures: dict[str, float], started: float, interrupts: Interrupts
+    ) -> dict[str, Any]:
+        """Make the step happen, as a whole; returns its line of metrics.jsonl."""
         with interrupts.critical():
-            self.optimizer.step(rate)
+            self._is_sound = False  # what fails from here on leaves half a step behind
+            self.optimizer.step(figures["learning_rate"])
             if bad := self._bad_parameter():
-                self._is_sound = False  # a finite gradient can still overflow; the last checkpoint is what stands
+                # a finite gradient can still overflow; the last checkpoint is what stands
                 raise NumericsError(
-                    f"step {state.step + 1} made {bad} infinite or NaN; nothing of it was saved. "
+                    f"step {self.state.step + 1} made {bad} infinite or NaN; nothing of it was saved. "
                     "Lower the learning rate or the weight decay, or raise adam_epsilon."
                 )
             lines = update.commit()
             seconds = time.monotonic() - started
+            self.state.skipped = 0
             self._advance(seconds)
-            metrics = self._position() | update.metrics
-            metrics |= {
-                "loss": loss,
-                "grad_norm": norm,
-                "learning_rate": rate,
-                "seconds_total": seconds,
-                "peak_memory_mb": peak_memory_mb(),
-            }
+            self._is_sound = True
+            metrics = self._position() | update.metrics | figures
+            metrics |= {"seconds_total": seconds, "peak_memory_mb": peak_memory_mb()}
             self._log(metrics, lines)
-        display.step(state.step, state.seconds, metrics)
+        return metrics
+
+    def _skip(self, reason: str, started: float, interrupts: Interrupts) -> dict[str, Any]:
+        """Go on to the next step and leave all else as it is; returns the line of metrics.jsonl."""
+        with interrupts.critical():
+            seconds = time.monotonic() - started
+            self.state.skipped += 1
+            self._advance(seconds)
+            metrics = self._position() | {"skipped": True, "reason": reason, "seconds_total": seconds}
+            self._log(metrics, [])
+        warnings.warn(f"step {self.state.step} was skipped: {reason}", stacklevel=2)
+        return metrics
 
     def _bad_parameter(self) -> str | None:
         parameters = self.task.model.named_parameters()
@@ -333,13 +332,21 @@ class Loop:
         )
         self._saved_step, self._saved_at = self.state.step, time.monotonic()
 
-    def _rescue(self, error: BaseException) -> None:
-        """Save the state of the last whole step before leaving."""
-        if self._is_sound and self.state.step != self._saved_step:
-            self._save()
-        if self.processes.is_main:
+    def _rescue(self, error: BaseException, interrupts: Interrupts) -> None:
+        """Save the state of the last whole step before leaving, which no further signal cuts short."""
+        with interrupts.critical():
+            if self._is_sound and self.state.step != self._saved_step:
+                self._save()
+            if not self.processes.is_main:
+                return
             reason = f"signal {error.signum}" if isinstance(error, Interrupted) else type(error).__name__
-            print(f"stopped at step {self._saved_step} ({reason}); saved. --resume continues.", file=sys.stderr)
+            if self._saved_step == self.state.step:
+                end = "saved. --resume continues."
+            elif self._saved_step >= 0:
+                end = f"--resume continues from step {self._saved_step}, the last one saved."
+            else:
+                end = "nothing was saved."
+            say(f"stopped at step {self.state.step} ({reason}); {end}")
 
     def resume(self) -> None:
         """Take up what the folder holds, if it is to be resumed; ``run`` does it unless it was done.
@@ -382,7 +389,8 @@ class Loop:
             if saved.get(key) != self.fingerprint.get(key):
                 raise ValueError(
                     f"{key} was {saved.get(key)!r} when this run began and is {self.fingerprint.get(key)!r} now; "
-                    "a resumed run must be the same run. Restore the value, or start anew with --overwrite."
+                    "a resumed run must be the same run. Restore the value, name the key in --accept-changes, or start "
+                    "anew with --overwrite."
                 )
 
 

@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from esrl.algorithm.log_probs import Projection, weighted_log_prob_sum
 from esrl.data.batching import pad, token_batches
 from esrl.data.examples import Example
+from esrl.errors import OutOfMemoryError
 from esrl.evaluation.development import Development
 from esrl.models.seq2seq import MarianPolicy
-from esrl.training.loop import Update, export_folder
+from esrl.training.loop import export_folder
+from esrl.training.oom import free_cached_memory, is_out_of_memory
 from esrl.training.processes import Processes
+from esrl.training.task import Update
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +28,7 @@ class LikelihoodConfig:
     batch_tokens: int = 2000
     """Examples times their longest side, in a step over all processes. fairseq's IWSLT recipe: 4,096."""
     micro_batch_tokens: int = 4096
-    """Tokens in one forward pass of a process; a larger batch is accumulated."""
+    """Tokens in one forward pass of a process; a larger batch is accumulated. Halved when memory runs out."""
     label_smoothing: float = 0.1
     """Probability mass spread over the vocabulary."""
     dropout: float = 0.1
@@ -65,6 +68,7 @@ class MLETask:
         self.sources: list[list[int]] = tokenizer([example.columns["source"] for example in examples])["input_ids"]
         self.targets: list[list[int]] = tokenizer(text_target=[e.columns["reference"] for e in examples])["input_ids"]
         self.lengths = [max(len(s), len(t)) for s, t in zip(self.sources, self.targets, strict=True)]
+        self.micro_batch_tokens = config.micro_batch_tokens
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
         policy.set_dropout(config.dropout)
 
@@ -72,15 +76,29 @@ class MLETask:
         return len(self._batches(epoch))
 
     def compute(self, epoch: int, batch: int) -> Update:
-        """Forward and backward over this process's share of the batch; the denominator is its target tokens."""
+        """Forward and backward over this process's share of the batch; the denominator is its target tokens.
+
+        When memory runs out, the step begins anew with half the micro-batch, which is kept.
+
+        Raises:
+            OutOfMemoryError: one example alone is too much.
+        """
         indices = self._batches(epoch)[batch]
         mine = [indices[i] for i in self.processes.shard(len(indices))]
-        size = max(1, self.config.micro_batch_tokens // max((self.lengths[i] for i in mine), default=1))
         self.model.train(self.config.dropout > 0)
-        loss, num_tokens = 0.0, 0
-        for start in range(0, len(mine), size):
-            part_loss, part_tokens = self._backward(mine[start : start + size])
-            loss, num_tokens = loss + part_loss, num_tokens + part_tokens
+        parameters = list(self.model.parameters())
+        before = [None if parameter.grad is None else parameter.grad.clone() for parameter in parameters]
+        while True:
+            try:
+                loss, num_tokens = self._accumulate(mine)
+                break
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._halve(mine, error)
+            for parameter, gradient in zip(parameters, before, strict=True):
+                parameter.grad = None if gradient is None else gradient.clone()
+            free_cached_memory()
         metrics = {"tokens": int(self.processes.sum(num_tokens))}
         return Update(loss, float(num_tokens), metrics, commit=list)
 
@@ -91,15 +109,37 @@ class MLETask:
         return export_folder(self.policy.save)
 
     def state_dict(self) -> dict[str, Any]:
-        return {}
+        return {"micro_batch_tokens": self.micro_batch_tokens}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        assert not state, "maximum likelihood keeps no state of its own"
+        self.micro_batch_tokens = min(self.micro_batch_tokens, state.get("micro_batch_tokens", self.micro_batch_tokens))
 
     def _batches(self, epoch: int) -> list[list[int]]:
         if self._epoch[0] != epoch:
             self._epoch = (epoch, token_batches(self.lengths, self.config.batch_tokens, self.seed, epoch))
         return self._epoch[1]
+
+    def _micro_batch_size(self, indices: Sequence[int]) -> int:
+        """Examples in one forward pass."""
+        return max(1, self.micro_batch_tokens // max((self.lengths[i] for i in indices), default=1))
+
+    def _halve(self, indices: Sequence[int], error: BaseException) -> None:
+        size = min(self._micro_batch_size(indices), len(indices))
+        if size == 1:
+            raise OutOfMemoryError(
+                "out of memory with one example per micro-batch; take a smaller model or shorter examples "
+                "(likelihood.max_source_tokens, max_target_tokens)."
+            ) from error
+        self.micro_batch_tokens = size // 2 * max(self.lengths[i] for i in indices)
+
+    def _accumulate(self, indices: Sequence[int]) -> tuple[float, int]:
+        """Add the gradient of these examples to the parameters; their loss and target tokens."""
+        size = self._micro_batch_size(indices)
+        loss, num_tokens = 0.0, 0
+        for start in range(0, len(indices), size):
+            part_loss, part_tokens = self._backward(indices[start : start + size])
+            loss, num_tokens = loss + part_loss, num_tokens + part_tokens
+        return loss, num_tokens
 
     def _backward(self, indices: Sequence[int]) -> tuple[float, int]:
         device = self.policy.device
@@ -112,12 +152,29 @@ class MLETask:
             decoder_input_ids=torch.cat([start, target[:, :-1]], 1).to(device),
         )
         hidden: Tensor = output.last_hidden_state[target_mask.to(device)]
-        logits = self.model.lm_head(hidden) + self.model.final_logits_bias
-        loss = functional.cross_entropy(
-            logits,
-            target[target_mask].to(device),
-            reduction="sum",
-            label_smoothing=self.config.label_smoothing,
-        )
+        weight, bias = self.model.lm_head.weight, self.model.final_logits_bias[0]
+        # nothing is suppressed here: a reference may hold any token
+        projection = Projection(weight, bias.to(weight.dtype))
+        loss = smoothed_loss(hidden, target[target_mask].to(device), projection, self.config.label_smoothing)
         loss.backward()
         return float(loss.detach()), int(target_mask.sum())
+
+
+def smoothed_loss(hidden: Tensor, targets: Tensor, projection: Projection, smoothing: float) -> Tensor:
+    """sum_n (1 - e) * -log p(y_n) + e * mean_v -log p(v), without ever holding (N, V) logits.
+
+    Args:
+        hidden: (N, D); targets: (N,).
+        smoothing: e, the probability mass spread over the vocabulary.
+
+    log p(v) = z_v - log Z, and log Z = z_y - log p(y), so the sum is that of -log p(y_n) - e * (mean_v z_v - z_y):
+    the mean of the logits z is the product with the mean of the projection's rows.
+    """
+    loss = -weighted_log_prob_sum(hidden, targets, torch.ones_like(hidden[:, 0]), projection)
+    if smoothing:
+        difference = projection.weight.mean(0) - projection.weight[targets]
+        margin = (hidden * difference).sum()
+        if projection.bias is not None:
+            margin = margin + (projection.bias.mean() - projection.bias[targets]).sum()
+        loss = loss - smoothing * margin
+    return loss

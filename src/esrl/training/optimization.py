@@ -80,6 +80,7 @@ class Optimizer:
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
+            fused=True,  # one pass without temporaries of the model's size
         )
 
     def zero_grad(self) -> None:
@@ -131,4 +132,4 @@ class Optimizer:
             key, name = full_name.split(".", 1)
             parameter = by_name[name]
             state: dict[str, Any] = self.adam.state[parameter]
-            state[key] = value.clone() if key == "step" else value.to(parameter.device, copy=True)
+            state[key] = value.to(parameter.device, copy=True)

@@ -7,7 +7,8 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,16 +30,20 @@ from esrl.training.storage import (
 )
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
+RESULT = "result.json"
+"""What a finished run came to."""
 
 
 class RunFolder:
     """``config.toml``, ``environment.json``, the logs, ``checkpoints/`` and ``model/`` of one run.
 
-    Use as a context manager: entering takes the lock. Only the main process writes.
+    Use as a context manager: entering takes the lock and begins, so an old run is deleted then (``overwrite``). Use
+    ``claim`` around it and around whatever takes time before. Only the main process writes.
 
-    Raises (on entry):
+    Raises (on entry, and by ``claim``):
         ValueError: the folder holds a run and neither ``resume`` nor ``overwrite`` is set, or it holds something else.
         LockedError: another process is writing to it.
+        StorageError: it is to be resumed, and its checkpoints are gone.
     """
 
     def __init__(
@@ -60,15 +65,25 @@ class RunFolder:
         self.logs: dict[str, JsonLines] = {}
         self._lock = RunLock(path)
 
+    @contextmanager
+    def claim(self) -> Iterator[None]:
+        """While the block runs, the folder is locked; what must not begin there is refused, and nothing is changed.
+
+        A folder that is missing or empty stays so: it is locked when the run begins.
+        """
+        try:
+            if self.is_main and self._content():
+                self._take()
+            yield
+        finally:
+            self.__exit__()
+
     def __enter__(self) -> RunFolder:
         if not self.is_main:
             return self
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"output_dir {self.path} is a file; give a folder.")
-        self._refuse_foreign()
-        self._lock.__enter__()
         try:
-            self._open()
+            self._take()
+            self._begin()
         except BaseException:
             self.__exit__()
             raise
@@ -83,32 +98,53 @@ class RunFolder:
 
     @property
     def has_checkpoint(self) -> bool:
-        """Whether a checkpoint was saved here, intact or not."""
-        return any(self.store.folder.glob("*step-*"))
+        """Whether there is a checkpoint to resume, intact or not."""
+        return self.resume and not self.store.is_empty
 
     def _content(self) -> list[str]:
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"output_dir {self.path} is a file; give a folder.")
         with storage_errors(self.path):
             return sorted(os.listdir(self.path)) if self.path.exists() else []
 
-    def _refuse_foreign(self) -> None:
-        """Leave a folder that is no run as it is; not even the lock is put there, for it is what marks a run."""
+    def _take(self) -> None:
+        """Lock the folder, or refuse it. One that is no run is left as it is; not even the lock is put there, for it
+        is what marks a run."""
         content = self._content()
         if content and not _is_run(self.path):
             raise ValueError(
                 f"{self.path} is not empty ({content[0]!r}) and no run of ours; nothing there was touched. "
                 "Choose another output_dir."
             )
-
-    def _open(self) -> None:
+        if not self._lock.is_held:
+            self._lock.__enter__()
         content = [name for name in self._content() if name != LOCK_NAME]
-        if content and self.overwrite:
-            for name in content:
-                remove_tree(self.path / name)
-        elif content and not self.resume:
+        if content and not (self.resume or self.overwrite):
             raise ValueError(
                 f"{self.path} is not empty ({content[0]!r}). Continue that run with --resume, replace it with "
                 "--overwrite, or choose another output_dir."
             )
+        if self.resume and self.store.is_empty and self._has_trained():
+            raise StorageError(
+                f"{self.store.folder}: the run's checkpoints are gone, and resumed without them it would start over. "
+                "Restore them from a copy, or start anew with --overwrite."
+            )
+
+    def _has_trained(self) -> bool:
+        """Whether the run has left a result or a training step: before the first step it has saved a checkpoint."""
+        if (self.path / RESULT).is_file():
+            return True
+        log = self.path / "metrics.jsonl"
+        if not log.is_file():
+            return False
+        with storage_errors(log), log.open("rb") as lines:
+            return any(line.endswith(b"\n") and b'"kind":' not in line for line in lines)
+
+    def _begin(self) -> None:
+        if self.overwrite:
+            for name in self._content():
+                if name != LOCK_NAME:
+                    remove_tree(self.path / name)
         make_folder(self.store.folder)
         self.store.clean()
         recover_folder(self.path / "model")

@@ -1,0 +1,108 @@
+"""What a step plans from: samples and rewards become records of Cap_x, records become what eq. 8 sees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esrl.algorithm.baselines import RewardQueue
+from esrl.algorithm.capability import (
+    CapabilityConfig,
+    CapabilityRecord,
+    contrast,
+    entropy_capability,
+    map_capability,
+    metric_capability,
+)
+from esrl.algorithm.groups import Groups
+from esrl.errors import NumericsError, RewardError
+from esrl.types import Rollouts, SamplingPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Rewards:
+    """Rewards of the kept rows; an abstained row counts 0."""
+
+    values: Tensor  # (R,) float64, 0 where abstained
+    counts: Tensor  # (R,) int64
+    metrics: dict[str, float] = field(default_factory=dict)  # what reward functions logged by log_metric
+    extra: dict[str, list[Any]] = field(default_factory=dict)  # and by log_extra, R values each
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """The plan of a step and what it was made from."""
+
+    plan: SamplingPlan
+    capability: Tensor  # (P,) as eq. 8 saw it; NaN where the allocator needs none
+    first: dict[int, CapabilityRecord]  # greedy first estimates, by prompt
+    first_tokens: int
+    from_memory: int
+
+
+def capability_scores(
+    rollouts: Rollouts, rewards: Rewards, groups: Groups, config: CapabilityConfig, vocabulary: int
+) -> Tensor:
+    """(P,) Cap_x of these samples before any mapping (eq. 6, eq. 7)."""
+    if config.estimator != "entropy":
+        return metric_capability(rewards.values, groups, rewards.counts)
+    name = {"full_normalised": "entropy", "max_prob": "max_prob"}.get(config.entropy_form)
+    values = rollouts.log_probs if name is None else rollouts.records[name]
+    return entropy_capability(values.cpu(), rollouts.mask.cpu(), groups, rewards.counts, config, vocabulary)
+
+
+def capability_records(
+    example_ids: Sequence[str], scores: Tensor, rewards: Rewards, groups: Groups, epoch: int, *, greedy: bool = False
+) -> list[CapabilityRecord | None]:
+    """What is remembered of each prompt, for the next epoch; None for one without a valid sample.
+
+    Raises:
+        NumericsError: a score or the spread of a prompt's rewards is not finite.
+    """
+    weights = rewards.counts.to(torch.float64)
+    number = groups.sum(weights)
+    mean = groups.mean(rewards.values, weights)
+    squares = groups.sum(weights * (rewards.values - groups.spread(mean)).square())
+    std = (squares / (number - 1).clamp_min(1)).sqrt()
+    bad = ~(torch.isfinite(scores) & torch.isfinite(std))
+    if bool(bad.any()):
+        i = int(bad.nonzero()[0])
+        raise NumericsError(
+            f"the capability of example {example_ids[i]} is {float(scores[i])} with a spread of {float(std[i])}; "
+            "nothing was updated. Look at its rewards and log-probabilities."
+        )
+    return [
+        None
+        if count == 0
+        else CapabilityRecord(score, greedy, epoch, int(count), spread if count > 1 and not greedy else None)
+        for score, count, spread in zip(scores.tolist(), number.tolist(), std.tolist(), strict=True)
+    ]
+
+
+def mapped_capability(
+    scores: Tensor, example_ids: Sequence[str], config: CapabilityConfig, queue: RewardQueue
+) -> Tensor:
+    """(P,) Cap_x as eq. 8 sees it; a prompt whose score is NaN, not known, takes the mean of the known ones.
+
+    Raises:
+        RewardError: one is negative, which eq. 8 cannot take.
+    """
+    known = ~torch.isnan(scores)
+    mapped = torch.zeros_like(scores)
+    if bool(known.any()):
+        of_known = map_capability(scores[known], config.capability_map, queue.mean(), queue.std())
+        mapped[known] = of_known
+        mapped[~known] = of_known.mean()
+    mapped = contrast(mapped, config.contrast)
+    if bool((mapped < 0).any()):
+        i = int((mapped < 0).nonzero()[0])
+        raise RewardError(
+            f"the capability of example {example_ids[i]} is {float(mapped[i])}, and eq. 8 needs 0 or more: its rewards "
+            'are negative. Map them: capability.capability_map = "sigmoid_z"; the run goes on with --resume '
+            "--capability.capability-map sigmoid_z --accept-changes capability.capability_map."
+        )
+    return mapped
