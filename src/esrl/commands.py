@@ -21,7 +21,7 @@ from esrl.data.examples import Example, limit_lengths
 from esrl.data.files import nearest
 from esrl.data.readers import DataConfig, load_examples
 from esrl.evaluation.development import Development
-from esrl.evaluation.scores import check_references
+from esrl.evaluation.scores import check_references, metrics_by_name
 from esrl.models.seq2seq import PRESETS, MarianPolicy, load_policy, new_policy
 from esrl.models.tokenizer import train_tokenizer
 from esrl.report import write_report
@@ -272,6 +272,7 @@ def _development(config: RunConfig, show: bool) -> Development:
 
 
 def _check_best_metric(config: RunConfig) -> None:
+    metrics_by_name(config.development.metrics)
     names = [f"dev_{name}" for name in config.development.metrics]
     chosen = config.training.metric_for_best_model
     if config.development.data is not None and chosen not in names:

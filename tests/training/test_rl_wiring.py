@@ -40,7 +40,7 @@ def falls(completions, trainer_state, **columns):
 
 def silent_on_one(source, completions, **columns):
     first = min(source)
-    return [None if one == first else len(text) / 100 for one, text in zip(source, completions)]
+    return [None if one == first else len(one) / 100 for one in source]
 
 def tells(completions, trainer_state, log_metric, log_extra, **columns):
     log_metric("seen_step", trainer_state.global_step)

@@ -155,7 +155,8 @@ class _WeightedLogProbSum(torch.autograd.Function):
                 grad_bias += grad.sum(0)
             total_weight = weight.grad if direct else grad_weight
             if total_weight is not None:
-                total_weight.addmm_(grad.t().to(wide), hidden[part].to(wide))
+                # not addmm_, which PyTorch's counter of operations overlooks
+                torch.addmm(total_weight, grad.t().to(wide), hidden[part].to(wide), out=total_weight)
             grad = grad.to(hidden.dtype)
             torch.mm(grad, weight.to(grad.dtype), out=grad_hidden[part])
         ctx.dtype = weight.dtype

@@ -20,7 +20,7 @@ from esrl.models.groups import PromptGroups
 from esrl.models.linear import FrozenLinear, FrozenProjection
 from esrl.models.policy import PromptState
 
-_FIRST_CAPACITY = 16
+_FIRST_CAPACITY = 8
 # prompts whose samples have all ended leave the shared state once they are a quarter of it
 _KEEP_PROMPTS = 0.75
 

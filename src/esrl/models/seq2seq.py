@@ -45,6 +45,9 @@ class MarianPolicy:
         for side in (model.get_encoder(), model.model.decoder):
             # fixed sinusoids, though Hugging Face makes them parameters
             side.embed_positions.weight.requires_grad_(False)
+            # Where the projection is tied to it, an embedding's gradient comes as the rows of its tokens and is added
+            # to the projection's: a matrix of its own, (V, D), would be made for each micro-batch.
+            side.embed_tokens.sparse = side.embed_tokens.weight is model.lm_head.weight
         self.set_dropout(0.0)
 
     @property

@@ -37,7 +37,8 @@ class SamplingConfig:
     compaction_share: float = 0.125
     """Finished rows are dropped from the batch once they are about this share of it; 0 drops them as soon as can be."""
     max_logits: int | None = None
-    """Logits computed at a time. Unset: 1,048,576 on CPUs, where they so stay in the cache, 67,108,864 on CUDA."""
+    """Logits computed at a time. Unset: on CPUs 1,048,576, so that they stay in the cache, but those of 16 rows at least;
+    67,108,864 on CUDA."""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "max_cache_tokens", "max_prompt_tokens", "max_logits"):
@@ -58,11 +59,11 @@ class _Limits:
     check_steps: int  # steps between two looks at how many rows have ended: each look waits for the device
 
     @classmethod
-    def of(cls, config: SamplingConfig, device: torch.device) -> _Limits:
-        cuda = device.type == "cuda"
+    def of(cls, config: SamplingConfig, policy: Policy) -> _Limits:
+        cuda = policy.device.type == "cuda"
         return cls(
             cache_tokens=config.max_cache_tokens or (1 << 19 if cuda else 1 << 15),
-            logits=config.max_logits or (1 << 26 if cuda else 1 << 20),
+            logits=config.max_logits or (1 << 26 if cuda else max(1 << 20, 16 * policy.vocabulary)),
             check_steps=8 if cuda else 1,
         )
 
@@ -107,7 +108,7 @@ class EngineSampler:
         Raises:
             NumericsError: the model gave a log-probability that is not finite.
         """
-        limits = _Limits.of(self.config, self.policy.device)
+        limits = _Limits.of(self.config, self.policy)
         with _without_dropout(self.policy.model):
             request = _Request(prompts, plan, epoch, records, self.policy.frozen_decoder(), limits)
             waves = [
