@@ -141,7 +141,7 @@ def cached_logits(policy: MarianPolicy, prompts: Prompts, index: torch.Tensor, i
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 2e-4)])
 def test_cached_steps_equal_the_parallel_forward(make_policy, prompts, dtype, tolerance):
-    """37 positions: the cache starts with room for 8 and doubles three times. Rows, then whole prompts, leave on the way."""
+    """37 positions: the cache starts with room for 8 and doubles three times. Rows, then prompts, leave on the way."""
     policy = make_policy(dtype, layers=3)
     inputs = decoder_inputs(policy, len(PROMPT_INDEX), 37)
     keep_at = {

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import chi2
 
 from esrl.algorithm.streams import sample_uniforms
 from esrl.errors import NumericsError
 from esrl.models.seq2seq import MarianPolicy
-from esrl.sampling.engine import EngineSampler, SamplingConfig
+from esrl.sampling.engine import EngineSampler, SamplingConfig, _batch_size, _survivors
 from esrl.training.gradient import GradientConfig, StageTwo
 from esrl.types import Prompts, Rollouts, SamplingPlan
 
@@ -412,3 +414,21 @@ def test_limits_are_checked(values, message):
 def test_more_tokens_than_positions_are_refused(random64):
     with pytest.raises(ValueError, match="max_new_tokens is 41, but the model has 40 positions"):
         EngineSampler(random64, SamplingConfig(max_new_tokens=41), 0)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=200).filter(lambda done: not all(done)))
+@settings(max_examples=200, deadline=None)
+def test_rows_that_have_ended_are_overwritten_by_the_last_ones(ended):
+    """All rows that go on are kept, once each; of them only those behind the new end change place."""
+    done = torch.tensor(ended)
+    size = min(_batch_size(int((~done).sum())), len(done))
+    order = _survivors(done, size).tolist()
+    assert len(order) == len(set(order)) == size
+    going_on = {row for row, end in enumerate(ended) if not end}
+    assert going_on <= set(order)
+    assert all(order[row] == row for row in going_on if row < size)
+
+
+def test_batch_sizes_are_few():
+    assert [_batch_size(rows) for rows in (1, 8, 9, 64, 65, 96, 97)] == [8, 8, 16, 64, 96, 96, 128]
+    assert len({_batch_size(rows) for rows in range(1, 321)}) == 16

@@ -37,8 +37,8 @@ class SamplingConfig:
     compaction_share: float = 0.125
     """Finished rows are dropped from the batch once they are about this share of it; 0 drops them as soon as can be."""
     max_logits: int | None = None
-    """Logits computed at a time. Unset: on CPUs 1,048,576, so that they stay in the cache, but those of 16 rows at least;
-    67,108,864 on CUDA."""
+    """Logits computed at a time. Unset: on CPUs 1,048,576, so that they stay in the cache, but those of 16 rows at
+    least; 67,108,864 on CUDA."""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "max_cache_tokens", "max_prompt_tokens", "max_logits"):

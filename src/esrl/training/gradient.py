@@ -34,7 +34,7 @@ class GradientConfig:
     """`two_stage` (paper) or `graph`: the conventional step that keeps the graph of sampling, for small models (the
     ablation without two stages)."""
     micro_batch_tokens: int | None = None
-    """Target tokens, padding included, in one micro-batch; halved when memory runs out. Unset: 1,024 on CPUs, 16,384 on
+    """Target tokens, padding included, in one micro-batch; halved when memory runs out. Unset: 512 on CPUs, 16,384 on
     CUDA."""
     max_prompt_tokens: int | None = None
     """Source tokens, padding included, whose encoder graph is held at a time. Unset: 4,096 on CPUs, 65,536 on CUDA."""
@@ -68,7 +68,7 @@ class StageTwo:
         self.policy = policy
         self.config = config
         cuda = policy.device.type == "cuda"
-        self.micro_batch_tokens = config.micro_batch_tokens or (1 << 14 if cuda else 1 << 10)
+        self.micro_batch_tokens = config.micro_batch_tokens or (1 << 14 if cuda else 1 << 9)
         self.max_prompt_tokens = config.max_prompt_tokens or (1 << 16 if cuda else 1 << 12)
 
     @property
