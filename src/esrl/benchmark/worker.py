@@ -86,7 +86,9 @@ def serve(requests: Iterator[str], answers: Any) -> None:
         elif "count" in request:
             answer({"operations": _operations(contestant, request["count"])})
         else:
-            answer(_timed(contestant, request["run"]))
+            result = _timed(contestant, request["run"])
+            _release_free_memory()  # the next contestant may need it
+            answer(result)
 
 
 def _timed(contestant: Contestant, turn: int) -> dict[str, Any]:
