@@ -90,17 +90,9 @@ def test_a_signal_ends_a_hung_reward(server, assets, number, timeout, tmp_path):
     assert different <= {"result.json", "state.json"}  # the reward's path is in the signature and the fingerprint
 
 
-def wait_for(file: Path) -> None:
-    """Until the file is there, a minute at most."""
-    end = time.monotonic() + 60
-    while not file.exists() and time.monotonic() < end:
-        time.sleep(0.005)
-    assert file.exists(), f"{file} did not come"
-
-
 def test_signals_at_random_moments(server, assets, references, tmp_path):
-    """Before the run has begun a signal just ends the process: nothing is there to be saved. Half of the trials wait for
-    the first line of the log, so that however busy the machine is some signals come in the middle."""
+    """Before the run has begun a signal just ends the process: nothing is there to be saved. Half of the trials wait
+    for the first line of the log, so that however busy the machine is some signals come in the middle."""
     random.seed(2)
     stops = trial = 0
     while stops < 4:
@@ -111,7 +103,7 @@ def test_signals_at_random_moments(server, assets, references, tmp_path):
         config = write_config(folder / "run.toml", values_of("rl", assets, folder / "run", RARELY))
         child = server.start("rl", config)
         if trial % 4 > 1:
-            wait_for(folder / "run" / "metrics.jsonl")
+            wait_for(folder / "run" / "metrics.jsonl", child)
             time.sleep(random.uniform(0.0, 0.3) * references["rl"].seconds)
         else:
             time.sleep(random.uniform(0.2, 0.9) * references["rl"].seconds)
