@@ -227,18 +227,25 @@ def bar_chart(title: str, bars: Sequence[tuple[str, dict[str, float]]], *, unit:
             position += (len(name) + 3) * 0.019
 
     height = max(_HEIGHT, 0.8 + 0.32 * len(bars))
-    return _figure(title, "", draw, x_label=unit, height=height)
+    longest = max(len(label) for label, _ in bars)
+    return _figure(title, "", draw, x_label=unit, height=height, left=min(0.4, max(0.115, 0.0155 * longest + 0.02)))
 
 
 def _figure(
-    title: str, y_label: str, draw: Callable[[Any], None], *, x_label: str = "step", height: float = _HEIGHT
+    title: str,
+    y_label: str,
+    draw: Callable[[Any], None],
+    *,
+    x_label: str = "step",
+    height: float = _HEIGHT,
+    left: float = 0.115,
 ) -> Html:
-    """Draw one panel and return it as an ``<svg>`` element."""
+    """Draw one panel, whose axes begin at the share ``left`` of its width, and return it as an ``<svg>`` element."""
     with style.context(["default", _STYLE | {"svg.hashsalt": visible(title)}]), warnings.catch_warnings():
         # The reader's browser has the glyphs that the font used for measuring lacks.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure = Figure(figsize=(_WIDTH, height))
-        figure.subplots_adjust(left=0.115, right=0.86, bottom=0.41 / height, top=1 - 0.255 / height)
+        figure.subplots_adjust(left=left, right=0.86, bottom=0.41 / height, top=1 - 0.255 / height)
         axes = figure.add_subplot()
         axes.set_title(visible(y_label))
         axes.set_xlabel(x_label, loc="right", labelpad=1)
