@@ -253,7 +253,7 @@ def serve(model: str) -> None:
     import esrl.commands
     from esrl.cli import _quiet
     from esrl.models.seq2seq import load_policy
-    from esrl.training.loop import export_folder
+    from esrl.training.task import export_folder
 
     _quiet()
     export_folder(load_policy(model).save)

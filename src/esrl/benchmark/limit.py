@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -28,7 +29,7 @@ def limit(models: list[str], samples: tuple[int, ...] | None, meter: Meter) -> t
         {"quantity": "copy", "giga_per_second": _copy_rate(device), "unit": "bytes read and written"},
     ]
     workloads = [Workload(name=name, model=MODELS[name], samples=k) for name in models for k in samples or (_SAMPLES,)]
-    results, not_run = meter.run(workloads, "step", ["esrl"])
+    results, not_run = replace(meter, count=True).run(workloads, "step", ["esrl"])
     for result in results:
         measured = result.measured.get("esrl")
         if measured is None:

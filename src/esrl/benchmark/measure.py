@@ -49,11 +49,12 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Meter:
-    """How to measure: rounds, threads, and who is told what runs now."""
+    """How to measure: rounds, threads, who is told what runs now, and whether operations are counted."""
 
     repetitions: int
     threads: int
     progress: Progress
+    count: bool = False  # the operations of steps, too
 
     def run(
         self, workloads: Sequence[Workload], kind: Literal["sample", "step"], names: Sequence[str]
@@ -96,7 +97,7 @@ class Meter:
             for name, folder in folders.items()
         ]
         label = f"{workload.name}, {workload.samples} samples: "
-        return take_turns(jobs, self.repetitions, lambda message: self.progress(label + message))
+        return take_turns(jobs, self.repetitions, lambda message: self.progress(label + message), count=self.count)
 
 
 def _by_model(workloads: Sequence[Workload]) -> Iterator[list[Workload]]:

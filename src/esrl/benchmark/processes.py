@@ -89,7 +89,7 @@ class Measured:
     stages: list[dict[str, float]] = field(default_factory=list)  # seconds by stage, in each round
     lengths: list[list[int]] = field(default_factory=list)  # of every sample, per round
     peak_memory_mb: float = 0.0
-    operations: dict[str, float] = field(default_factory=dict)  # per sampled token, by stage
+    operations: dict[str, float] = field(default_factory=dict)  # per sampled token, by stage, if counted
     failure: str | None = None
 
     @property
@@ -103,7 +103,9 @@ class Measured:
         return [seconds / runs for seconds, runs in zip(self.seconds, self.runs, strict=True)]
 
 
-def take_turns(jobs: list[Job], repetitions: int, progress: Callable[[str], None]) -> dict[str, Measured]:
+def take_turns(
+    jobs: list[Job], repetitions: int, progress: Callable[[str], None], *, count: bool = False
+) -> dict[str, Measured]:
     """Run the jobs in turns: each process is warmed up by one run, then every round asks each for one.
 
     What disturbs the machine for a while so disturbs all of them, and the ratios within a round hold. A contestant
@@ -137,5 +139,6 @@ def take_turns(jobs: list[Job], repetitions: int, progress: Callable[[str], None
                     values.lengths.append(answer["lengths"])
         for name, values in measured.items():
             values.peak_memory_mb = ask(name, {"memory": True}).get("peak_memory_mb", 0.0)
-            values.operations = ask(name, {"count": 1}).get("operations", {})
+            if count:  # one more run
+                values.operations = ask(name, {"count": 1}).get("operations", {})
     return measured

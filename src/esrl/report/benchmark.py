@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +116,14 @@ def _scale_figures(rows: Sequence[Row]) -> list[Figure]:
     return _varied(rows, axes, lambda row: 1e6 * row["seconds_per_token"], "µs per token")
 
 
-def _spread(key: str, factor: float = 1.0) -> dict[str, Callable[[Row], object]]:
-    names: Iterable[str] = ("median", "min", "max")
-    return {name: lambda row, name=name: factor * row[key][name] for name in names}  # type: ignore[misc]
+def _compared(key: str) -> dict[str, Callable[[Row], object]]:
+    """The columns of a quantity that contestants are compared by."""
+    return {
+        "median": lambda row: row[key]["median"],
+        "min": lambda row: row[key]["min"],
+        "max": lambda row: row[key]["max"],
+        "esrl is ... times as fast": lambda row: row["esrl_speedup"],
+    }
 
 
 _CONTESTANT: dict[str, Callable[[Row], object]] = {
@@ -135,18 +140,14 @@ _PARTS: dict[str, _Part] = {
         "Stage one: tokens sampled per second",
         "Contestants take turns, each in its own process; speedups are medians of the ratios within a round.",
         lambda rows: _bars(rows, "tokens_per_second", "tokens per second"),
-        _CONTESTANT
-        | {"source tokens": lambda row: row["source_tokens"]}
-        | _spread("tokens_per_second")
-        | {"esrl is ... times as fast": lambda row: row["esrl_speedup"]}
-        | _MEMORY,
+        _CONTESTANT | {"source tokens": lambda row: row["source_tokens"]} | _compared("tokens_per_second") | _MEMORY,
     ),
     "step": (
         "A whole optimizer step: seconds",
         "Sampling, reward, gradient, clipping, AdamW. Memory is counted above the model, its gradients and the "
         "optimizer's state.",
         lambda rows: _bars(rows, "seconds", "seconds"),
-        _CONTESTANT | _spread("seconds") | {"esrl is ... times as fast": lambda row: row["esrl_speedup"]} | _MEMORY,
+        _CONTESTANT | _compared("seconds") | _MEMORY,
     ),
     "memory": (
         "Peak memory of a step",

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import math
 import signal
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +25,7 @@ from esrl.training.interrupts import Interrupts
 from esrl.training.memory import peak_memory_mb, reset_peak_memory
 from esrl.training.optimization import Optimizer, OptimizerConfig, learning_rate
 from esrl.training.processes import Processes
-from esrl.training.run_folder import RunFolder, read_folder
+from esrl.training.run_folder import RunFolder
 from esrl.training.task import Task, Update
 
 
@@ -392,10 +390,3 @@ class Loop:
                     "a resumed run must be the same run. Restore the value, name the key in --accept-changes, or start "
                     "anew with --overwrite."
                 )
-
-
-def export_folder(save: Callable[[Path], None]) -> dict[str, bytes]:
-    """Run a ``save_pretrained``-like function in a scratch folder and return the files it wrote."""
-    with tempfile.TemporaryDirectory() as scratch:
-        save(Path(scratch))
-        return read_folder(Path(scratch))

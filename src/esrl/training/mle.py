@@ -15,10 +15,9 @@ from esrl.data.examples import Example
 from esrl.errors import OutOfMemoryError
 from esrl.evaluation.development import Development
 from esrl.models.seq2seq import MarianPolicy
-from esrl.training.loop import export_folder
 from esrl.training.oom import free_cached_memory, is_out_of_memory
 from esrl.training.processes import Processes
-from esrl.training.task import Update
+from esrl.training.task import Update, export_folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,11 +29,10 @@ from esrl.sampling.engine import EngineSampler, SamplingConfig, check_log_probs
 from esrl.sampling.graph import sample_with_graph
 from esrl.training.figures import Outcome, sample_lines, step_metrics
 from esrl.training.gradient import GradientConfig, StageTwo
-from esrl.training.loop import export_folder
 from esrl.training.method import Method, StepConfig, check_parts
 from esrl.training.planning import Planned, Rewards, capability_records, capability_scores, mapped_capability
 from esrl.training.processes import Processes
-from esrl.training.task import Update
+from esrl.training.task import Update, export_folder
 from esrl.types import Prompts, Rollouts, SamplingPlan
 
 MAX_REWARD = 1e30

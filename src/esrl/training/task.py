@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import nn
+
+from esrl.training.run_folder import read_folder
 
 
 @dataclass(slots=True)
@@ -44,3 +48,10 @@ class Task(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def export_folder(save: Callable[[Path], None]) -> dict[str, bytes]:
+    """Run a ``save_pretrained``-like function in a scratch folder and return the files it wrote."""
+    with tempfile.TemporaryDirectory() as scratch:
+        save(Path(scratch))
+        return read_folder(Path(scratch))
