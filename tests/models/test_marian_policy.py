@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, MarianMTModel
 
+from esrl.models import seq2seq
 from esrl.models.policy import PromptState
 from esrl.models.seq2seq import MarianPolicy, Preset, _CrossAttention, load_policy, merge_heads, new_policy, split_heads
 from esrl.models.tokenizer import train_tokenizer
@@ -105,6 +106,18 @@ def test_encoding_holds_the_projected_encoder_states(random64, prompts):
             expected = states @ attention.v_proj.weight[part].T + attention.v_proj.bias[part]
             torch.testing.assert_close(value[:, head], expected, rtol=0, atol=1e-12)
     assert torch.equal(state.mask, prompts.mask)
+
+
+def test_encoding_in_parts_equals_the_whole(random32, prompts, monkeypatch):
+    with torch.enable_grad():
+        whole = random32.encode(prompts)  # with a graph: all at once, plain layers
+    monkeypatch.setattr(seq2seq, "_ENCODED_TOKENS", 2 * prompts.mask.shape[1])
+    with torch.no_grad():
+        parts = random32.encode(prompts)
+    assert torch.equal(parts.mask, whole.mask)
+    real = prompts.mask[:, None, :, None]
+    for one, other in zip(parts.tensors, whole.tensors, strict=True):
+        torch.testing.assert_close(one * real, other.detach() * real, rtol=0, atol=1e-5)
 
 
 def test_prompt_state_is_selected_and_rebuilt(random64, prompts):

@@ -30,7 +30,11 @@ def step(models: list[str], samples: tuple[int, ...] | None, meter: Meter) -> tu
 
 
 def memory(models: list[str], samples: tuple[int, ...] | None, meter: Meter) -> tuple[list[Row], list[Row]]:
-    """Peak memory of a step against k, vocabulary and length, one of them varied at a time."""
+    """Peak memory of a step against k, vocabulary and length, one of them varied at a time.
+
+    A step after the warm-up is enough: a peak does not vary as a time does.
+    """
+    meter = dataclasses.replace(meter, repetitions=1)
     rows, not_run = [], []
     for name in models:
         usual = Workload(name=name, model=MODELS[name], samples=4)

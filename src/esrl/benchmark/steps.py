@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from esrl.algorithm.groups import Groups
 from esrl.algorithm.objectives import ObjectiveConfig, ObjectiveKind, RewardedSamples, coefficients, objective_loss
 from esrl.benchmark.contestants import Generate, Job, load_model, wait
 from esrl.benchmark.workloads import as_prompts
+from esrl.models.seq2seq import MarianPolicy
 from esrl.rewards.text import BLEU
 from esrl.sampling.engine import EngineSampler, SamplingConfig, decode_texts
 from esrl.sampling.graph import sample_with_graph
@@ -40,14 +42,25 @@ class StepContestant:
     """An optimizer step around one way of sampling and of getting the gradient.
 
     ``stages`` holds the seconds of the last run by stage, ``operations`` its counted operations once a counter is set.
+
+    Args:
+        way: draws, and says how to add the gradient of the rewarded samples to the parameters.
+        kind: of the objective.
+        spend: k for so many prompts, from the job's; (P,).
     """
 
-    kind: ObjectiveKind = "mrt"
-
-    def __init__(self, job: Job) -> None:
+    def __init__(
+        self,
+        job: Job,
+        way: Callable[[StepContestant, Prompts, SamplingPlan, int], Sampled],
+        kind: ObjectiveKind = "mrt",
+        spend: Callable[[int, int], Tensor] | None = None,
+    ) -> None:
         self.job = job
+        self.way = way
+        self.spend = spend or _evenly
         self.policy = load_model(job)
-        self.objective = ObjectiveConfig(kind=self.kind)
+        self.objective = ObjectiveConfig(kind=kind)
         self.optimizer = Optimizer(self.policy.model, OptimizerConfig(learning_rate=_RATE))
         self.sampler = EngineSampler(self.policy, SamplingConfig(max_new_tokens=job.max_new_tokens), seed=1)
         self.reward = BLEU()
@@ -58,22 +71,15 @@ class StepContestant:
         for parameter in self.optimizer.parameters:
             parameter.grad = torch.zeros_like(parameter)
 
-    def sample(self, prompts: Prompts, plan: SamplingPlan, seed: int) -> Sampled:
-        """Draw, and return how to add the gradient of the rewarded samples to the parameters."""
-        raise NotImplementedError
-
-    def num_samples(self, num_prompts: int) -> Tensor:
-        """(P,) the same for all prompts."""
-        return torch.full((num_prompts,), self.job.samples)
-
     def run(self, seed: int, num_prompts: int | None = None) -> Callable[[], list[int]]:
         """One step; returns how to learn the samples' lengths."""
         prompts = as_prompts(self.job.source[:num_prompts])
         plan = SamplingPlan(
-            num_samples=self.num_samples(len(prompts)), temperature=torch.ones(len(prompts), dtype=torch.float64)
+            num_samples=self.spend(len(prompts), self.job.samples),
+            temperature=torch.ones(len(prompts), dtype=torch.float64),
         )
         with self._clock("sample"):
-            rollouts, accumulate = self.sample(prompts, plan, seed)
+            rollouts, accumulate = self.way(self, prompts, plan, seed)
         with self._clock("reward"):
             rewarded = self._rewarded(prompts, plan, rollouts)
         with self._clock("score"):
@@ -103,7 +109,7 @@ class StepContestant:
             planned=plan.num_samples,
         )
 
-    def _backward(self, log_probs: Tensor, rewarded: RewardedSamples) -> None:
+    def backward(self, log_probs: Tensor, rewarded: RewardedSamples) -> None:
         objective_loss(log_probs.cpu(), rewarded, self.objective).backward()
 
     @contextmanager
@@ -116,81 +122,72 @@ class StepContestant:
             self.operations[stage] = self.counter.get_total_flops() - before
 
 
-class TwoStages(StepContestant):
+def _evenly(num_prompts: int, samples: int) -> Tensor:
+    return torch.full((num_prompts,), samples)
+
+
+def _dynamically(num_prompts: int, samples: int) -> Tensor:
+    """k from eq. 8 for capabilities spread evenly over [0, 1)."""
+    capability = torch.arange(num_prompts, dtype=torch.float64) / num_prompts
+    return allocate(capability, AllocationConfig(max_samples=samples)).num_samples
+
+
+def _two_stages(step: StepContestant, prompts: Prompts, plan: SamplingPlan, seed: int) -> Sampled:
     """Ours."""
+    rollouts = step.sampler.sample(prompts, plan, epoch=seed)
+    stage_two = StageTwo(step.policy, GradientConfig())
 
-    def sample(self, prompts: Prompts, plan: SamplingPlan, seed: int) -> Sampled:
-        rollouts = self.sampler.sample(prompts, plan, epoch=seed)
-        stage_two = StageTwo(self.policy, GradientConfig())
+    def accumulate(rewarded: RewardedSamples) -> None:
+        _, gradient = coefficients(rollouts.log_probs.cpu(), rewarded, step.objective)
+        stage_two.backward(prompts, rollouts, gradient, None, seed)
 
-        def accumulate(rewarded: RewardedSamples) -> None:
-            _, gradient = coefficients(rollouts.log_probs.cpu(), rewarded, self.objective)
-            stage_two.backward(prompts, rollouts, gradient, None, seed)
-
-        return rollouts, accumulate
+    return rollouts, accumulate
 
 
-class Dynamic(TwoStages):
-    """Ours with what dynamic sampling saves on top: k from eq. 8 for capabilities spread evenly over [0, 1)."""
-
-    def num_samples(self, num_prompts: int) -> Tensor:
-        capability = torch.arange(num_prompts, dtype=torch.float64) / num_prompts
-        return allocate(capability, AllocationConfig(max_samples=self.job.samples)).num_samples
+def _graph_kept(step: StepContestant, prompts: Prompts, plan: SamplingPlan, seed: int) -> Sampled:
+    """The conventional way."""
+    rollouts, log_probs = sample_with_graph(step.policy, prompts, plan, step.sampler, seed)
+    return rollouts, lambda rewarded: step.backward(log_probs, rewarded)
 
 
-class Conventional(StepContestant):
-    """The graph is kept through sampling."""
-
-    def sample(self, prompts: Prompts, plan: SamplingPlan, seed: int) -> Sampled:
-        rollouts, log_probs = sample_with_graph(self.policy, prompts, plan, self.sampler, seed)
-        return rollouts, lambda rewarded: self._backward(log_probs, rewarded)
-
-
-class ConventionalReinforce(Conventional):
-    """The same for REINFORCE."""
-
-    kind = "reinforce"
-
-
-class Naive(StepContestant):
+def _naively(step: StepContestant, prompts: Prompts, plan: SamplingPlan, seed: int) -> Sampled:
     """``generate``, then one padded forward over all samples."""
+    policy = step.policy
+    tokens = Generate.tokens(policy, prompts, step.job, seed)
+    mask = tokens != policy.pad_token  # what stands behind EOS is PAD, which is never sampled
+    owner = torch.repeat_interleave(torch.arange(len(prompts)), plan.num_samples)
+    rollouts = Rollouts(
+        prompt_index=owner,
+        sample_index=torch.cat([torch.arange(k) for k in plan.num_samples.tolist()]),
+        tokens=tokens,
+        mask=mask,
+        finished=torch.isin(tokens, torch.tensor(policy.eos_tokens, device=tokens.device)).any(1),
+        log_probs=torch.zeros(tokens.shape, device=tokens.device),
+        sampling_log_probs=torch.zeros(tokens.shape, device=tokens.device),
+        texts=decode_texts(policy, tokens.cpu(), mask.cpu()),
+    )
+    return rollouts, lambda rewarded: step.backward(score_padded(policy, prompts, rollouts), rewarded)
 
-    def sample(self, prompts: Prompts, plan: SamplingPlan, seed: int) -> Sampled:
-        tokens = Generate.tokens(self.policy, prompts, self.job, seed)
-        mask = tokens != self.policy.pad_token  # what stands behind EOS is PAD, which is never sampled
-        owner = torch.repeat_interleave(torch.arange(len(prompts)), plan.num_samples)
-        rollouts = Rollouts(
-            prompt_index=owner,
-            sample_index=torch.cat([torch.arange(k) for k in plan.num_samples.tolist()]),
-            tokens=tokens,
-            mask=mask,
-            finished=torch.isin(tokens, torch.tensor(self.policy.eos_tokens, device=tokens.device)).any(1),
-            log_probs=torch.zeros(tokens.shape, device=tokens.device),
-            sampling_log_probs=torch.zeros(tokens.shape, device=tokens.device),
-            texts=decode_texts(self.policy, tokens.cpu(), mask.cpu()),
-        )
-        return rollouts, lambda rewarded: self._backward(self._score(prompts, rollouts), rewarded)
 
-    def _score(self, prompts: Prompts, rollouts: Rollouts) -> Tensor:
-        """(R, T) log-probabilities with their graph; the encoder runs once for each prompt."""
-        policy = self.policy
-        device, owner = policy.device, rollouts.prompt_index.to(policy.device)
-        mask = prompts.mask.to(device)
-        encoded = policy.model.get_encoder()(input_ids=prompts.input_ids.to(device), attention_mask=mask)
-        start = torch.full_like(rollouts.tokens[:, :1], policy.start_token)
-        output: Any = policy.model(
-            encoder_outputs=(encoded.last_hidden_state[owner],),
-            attention_mask=mask[owner],
-            decoder_input_ids=torch.cat([start, rollouts.tokens[:, :-1]], 1),
-        )
-        log_probs = torch.log_softmax(output.logits, 2).gather(2, rollouts.tokens[:, :, None])[:, :, 0]
-        return torch.where(rollouts.mask, log_probs, 0.0)
+def score_padded(policy: MarianPolicy, prompts: Prompts, rollouts: Rollouts) -> Tensor:
+    """(R, T) log-probabilities with their graph; the encoder runs once for each prompt."""
+    device, owner = policy.device, rollouts.prompt_index.to(policy.device)
+    mask = prompts.mask.to(device)
+    encoded = policy.model.get_encoder()(input_ids=prompts.input_ids.to(device), attention_mask=mask)
+    start = torch.full_like(rollouts.tokens[:, :1], policy.start_token)
+    output: Any = policy.model(
+        encoder_outputs=(encoded.last_hidden_state[owner],),
+        attention_mask=mask[owner],
+        decoder_input_ids=torch.cat([start, rollouts.tokens[:, :-1]], 1),
+    )
+    log_probs = torch.log_softmax(output.logits, 2).gather(2, rollouts.tokens[:, :, None])[:, :, 0]
+    return torch.where(rollouts.mask, log_probs, 0.0)
 
 
 STEPS: dict[str, Callable[[Job], StepContestant]] = {
-    "esrl": TwoStages,
-    "esrl-dynamic": Dynamic,
-    "conventional-mrt": Conventional,
-    "conventional-reinforce": ConventionalReinforce,
-    "naive": Naive,
+    "esrl": partial(StepContestant, way=_two_stages),
+    "esrl-dynamic": partial(StepContestant, way=_two_stages, spend=_dynamically),
+    "conventional-mrt": partial(StepContestant, way=_graph_kept),
+    "conventional-reinforce": partial(StepContestant, way=_graph_kept, kind="reinforce"),
+    "naive": partial(StepContestant, way=_naively),
 }

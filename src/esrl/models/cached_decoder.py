@@ -62,8 +62,9 @@ class _Layer:
         )
 
     def feed_forward(self, hidden: Tensor) -> Tensor:
+        """With the residual."""
         inner = self.inner(hidden)
-        return self.outer(inner if self.activation is None else self.activation(inner))
+        return self.outer(inner if self.activation is None else self.activation(inner), hidden)
 
 
 class FrozenMarianDecoder:
@@ -116,9 +117,9 @@ class CachedDecoder:
         hidden = functional.embedding(tokens, weights.embedding) * weights.scale
         hidden += weights.positions[self.position]
         for i, layer in enumerate(weights.layers):
-            hidden = layer.norm(layer.mix(self._self_attention(i, hidden)).add_(hidden))
-            hidden = layer.cross_norm(layer.cross_mix(self._cross_attention(i, hidden)).add_(hidden))
-            hidden = layer.final_norm(layer.feed_forward(hidden).add_(hidden))
+            hidden = layer.norm(layer.mix(self._self_attention(i, hidden), hidden))
+            hidden = layer.cross_norm(layer.cross_mix(self._cross_attention(i, hidden), hidden))
+            hidden = layer.final_norm(layer.feed_forward(hidden))
         self.position += 1
         return hidden
 
@@ -134,9 +135,10 @@ class CachedDecoder:
         self.rows = len(rows)
         prompt_index = self.prompt_index[rows]
         alive, local = torch.unique(prompt_index, return_inverse=True)
-        if len(alive) < _KEEP_PROMPTS * self.state.mask.shape[0]:
-            self.state = self.state.select(alive)
-            prompt_index = local
+        if len(alive) == len(rows):  # a row each: in the rows' order, nothing is to be gathered at every step
+            self.state, prompt_index = self.state.select(prompt_index), torch.arange(len(rows), device=self.device)
+        elif len(alive) < _KEEP_PROMPTS * self.state.mask.shape[0]:
+            self.state, prompt_index = self.state.select(alive), local
         self._place(prompt_index)
 
     def _place(self, prompt_index: Tensor) -> None:
@@ -183,10 +185,20 @@ def attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None =
     """
     if query.is_cuda:
         return functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
-    scores = torch.matmul(query, keys.transpose(2, 3)).mul_(query.shape[3] ** -0.5)
+    # in three dimensions: `matmul` would look for a way to broadcast, at each of many small steps
+    batch, heads, queries, width = query.shape
+    flat = (batch * heads, -1, width)
+    scores = torch.bmm(query.reshape(flat).mul(width**-0.5), _flat(keys).transpose(1, 2))
     if mask is not None:
-        scores.masked_fill_(~mask, -torch.inf)
-    return torch.matmul(torch.softmax(scores, 3), values)
+        scores.view(batch, heads, queries, -1).masked_fill_(~mask, -torch.inf)
+    return torch.bmm(torch.softmax(scores, 2), _flat(values)).view(query.shape)
+
+
+def _flat(cache: Tensor) -> Tensor:
+    """(B, H, S, d) -> (B * H, S, d), a view: S may be cut from a longer cache."""
+    batch, heads, length, width = cache.shape
+    row = cache.stride(1)
+    return cache.as_strided((batch * heads, length, width), (row, cache.stride(2), 1))
 
 
 def _frozen(linear: Any) -> FrozenLinear:

@@ -6,10 +6,12 @@ of which sampling has many, is then two to three times as fast as with the plain
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from esrl.algorithm.log_probs import Projection
@@ -30,15 +32,32 @@ class FrozenLinear:
         self.weight, self.bias, self.activation = weight.detach(), bias, activation
         self._packed: Any = _pack(self.weight)
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., N)."""
-        if self._packed is not None:
-            result: Tensor = torch.ops.mkldnn._linear_pointwise(
-                hidden, self._packed, self.bias, self.activation, [], ""
-            )
-            return result
-        result = functional.linear(hidden, self.weight, self.bias)
-        return result.relu_() if self.activation == "relu" else result
+    def __call__(self, hidden: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(..., D) -> (..., N); ``residual`` is added to the result, after the activation."""
+        if self._packed is None:
+            result = functional.linear(hidden, self.weight, self.bias)
+            result = result.relu_() if self.activation == "relu" else result
+            return result if residual is None else result.add_(residual)
+        linear = torch.ops.mkldnn._linear_pointwise
+        if residual is None or self.activation != "none":
+            product: Tensor = linear(hidden, self._packed, self.bias, self.activation, [], "")
+            return product if residual is None else product.add_(residual)
+        total: Tensor = linear.binary(hidden, residual, self._packed, self.bias, "add")
+        return total
+
+
+@contextmanager
+def frozen_linears(*modules: nn.Module) -> Iterator[None]:
+    """The linear layers in these modules compute with their weights as they are now, laid out; without a graph."""
+    # layers that are replaced or wrapped (adapters, quantization) are no plain `Linear`, and left alone
+    layers = [layer for module in modules for layer in module.modules() if type(layer) is nn.Linear]
+    try:
+        for layer in layers:
+            layer.__dict__["forward"] = FrozenLinear(layer.weight, layer.bias)
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
 
 
 class FrozenProjection:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from esrl.algorithm.log_probs import Projection
 from esrl.models.linear import FrozenProjection
@@ -32,6 +33,23 @@ class PromptState:
     def with_tensors(self, tensors: tuple[Tensor, ...]) -> PromptState:
         half = len(tensors) // 2
         return PromptState(tensors[:half], tensors[half:], self.mask)
+
+    @classmethod
+    def join(cls, parts: list[PromptState]) -> PromptState:
+        """One batch of prompts after the other; narrower ones are filled up with positions that the mask hides."""
+        if len(parts) == 1:
+            return parts[0]
+        width = max(part.mask.shape[1] for part in parts)
+        room = [width - part.mask.shape[1] for part in parts]
+
+        def joined(tensors: list[Tensor]) -> Tensor:
+            return torch.cat([pad(each, (0, 0, 0, more)) for each, more in zip(tensors, room, strict=True)])
+
+        return cls(
+            tuple(joined(list(each)) for each in zip(*(part.keys for part in parts), strict=True)),
+            tuple(joined(list(each)) for each in zip(*(part.values for part in parts), strict=True)),
+            torch.cat([pad(part.mask, (0, more)) for part, more in zip(parts, room, strict=True)]),
+        )
 
     def select(self, index: Tensor) -> PromptState:
         """The state of some prompts."""

@@ -19,10 +19,12 @@ from transformers import AutoConfig, AutoTokenizer, MarianConfig, MarianMTModel
 from esrl.algorithm.log_probs import Projection
 from esrl.models.cached_decoder import FrozenMarianDecoder
 from esrl.models.groups import PromptGroups
+from esrl.models.linear import frozen_linears
 from esrl.models.policy import PromptState
 from esrl.types import Prompts
 
 SUPPORTED = ("marian",)
+_ENCODED_TOKENS = 2048
 
 
 class MarianPolicy:
@@ -61,6 +63,15 @@ class MarianPolicy:
 
     def encode(self, prompts: Prompts) -> PromptState:
         """Encode each prompt once; keys and values of all cross-attentions are computed here and shared."""
+        if torch.is_grad_enabled() or self.device.type != "cpu":
+            return self._encode(prompts)
+        # what a part makes fits into memory that is used again and again; fresh pages cost a tenth of the time
+        size = max(1, _ENCODED_TOKENS // max(1, prompts.mask.shape[1]))
+        parts = [list(range(start, min(start + size, len(prompts)))) for start in range(0, len(prompts), size)]
+        with frozen_linears(self.model.get_encoder(), *(layer.encoder_attn for layer in self._layers)):
+            return PromptState.join([self._encode(prompts.select(part)) for part in parts])
+
+    def _encode(self, prompts: Prompts) -> PromptState:
         mask = prompts.mask.to(self.device)
         encoder = self.model.get_encoder()
         states = encoder(input_ids=prompts.input_ids.to(self.device), attention_mask=mask).last_hidden_state

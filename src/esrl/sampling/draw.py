@@ -151,8 +151,11 @@ def _block_sums(weights: Tensor) -> Tensor:
 
 
 def _below(target: Tensor, total: Tensor) -> Tensor:
-    """Rounding can bring u * total up to total, which no cumulative weight exceeds."""
-    return torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
+    """Rounding can bring u * total up to total, which no cumulative weight exceeds.
+
+    A total times (1 - eps / 2) is its predecessor: what is left out lies between a half and a whole of its last bit.
+    """
+    return torch.minimum(target, total * (1 - torch.finfo(total.dtype).eps / 2))
 
 
 def _record(name: str, shifted: Tensor, log_norm: Tensor) -> Tensor:

@@ -149,7 +149,7 @@ class EngineSampler:
         return limits.minimum(torch.tensor([math.ceil(ratio * length) + 10 for length in lengths]))
 
     def _wave(self, request: _Request, state: PromptState, rows: _Rows) -> _Wave:
-        """Decode rows until all have ended; a row's number in the batch is looked up in ``alive``."""
+        """Decode rows until all have ended; ``alive`` holds the rows that are still in the batch."""
         device, config = self.policy.device, self.config
         limits = self.limits(request.prompts, rows.prompt)
         steps = int(limits.max())
@@ -164,17 +164,16 @@ class EngineSampler:
         alive = torch.arange(len(local), device=device)
         done = torch.zeros(len(local), dtype=torch.bool, device=device)
         tokens = torch.full((len(local),), self.policy.start_token, device=device)
-        eos, limits = torch.tensor(self.policy.eos_tokens, device=device), limits.to(device)
+        eos = torch.tensor(self.policy.eos_tokens, device=device)
+        cuts = None if config.max_length_ratio is None else limits.to(device)
         for position in range(steps):
-            numbers = uniforms[alive, 0 if temperature.greedy else position]
             hidden = decoder.step(tokens)
-            drawn = draw_tokens(
-                hidden, projection, temperature.rows(alive), numbers, request.records, request.limits.logits
-            )
-            ended = torch.isin(drawn.tokens, eos)
-            output.write(position, alive, ~done, drawn, ended)
-            done |= ended | (limits[alive] == position + 1)
+            numbers = uniforms[0 if temperature.greedy else position]
+            drawn = draw_tokens(hidden, projection, temperature, numbers, request.records, request.limits.logits)
             tokens = drawn.tokens
+            ended = tokens == eos if len(eos) == 1 else torch.isin(tokens, eos)
+            output.append(drawn, ~done, ended)
+            done = done | ended if cuts is None else done | ended | (cuts == position + 1)
             if (position + 1) % request.limits.check_steps:
                 continue
             num_done = int(done.sum())
@@ -184,15 +183,18 @@ class EngineSampler:
             if size < len(alive) and size <= (1 - config.compaction_share) * len(alive):
                 left = _survivors(done, size)
                 decoder.keep(left)
-                alive, tokens, done = alive[left], tokens[left], done[left]
+                output.flush(alive)
+                alive, tokens, done, temperature = alive[left], tokens[left], done[left], temperature.rows(left)
+                uniforms, cuts = uniforms[:, left], None if cuts is None else cuts[left]
+        output.flush(alive)
         return output
 
     def _uniforms(self, request: _Request, rows: _Rows, steps: int) -> Tensor:
-        """(R, steps), or (R, 1) zeros where nothing is drawn."""
+        """(steps, R), or (1, R) zeros where nothing is drawn."""
         if not steps:
-            return torch.zeros(len(rows.prompt), 1, dtype=torch.float64)
+            return torch.zeros(1, len(rows.prompt), dtype=torch.float64)
         ids = [request.prompts.example_ids[i] for i in rows.prompt.tolist()]
-        return sample_uniforms(self.seed, request.epoch, ids, rows.sample.tolist(), steps)
+        return sample_uniforms(self.seed, request.epoch, ids, rows.sample.tolist(), steps).T.contiguous()
 
     def _collect(self, waves: list[_Wave], records: tuple[str, ...]) -> Rollouts:
         """Join the waves, cut to the longest sample, decode to text."""
@@ -227,7 +229,7 @@ class _Rows:
 
 
 class _Wave:
-    """The output of one wave, filled position by position."""
+    """The output of one wave. What is drawn is kept position by position, and put in place when rows leave."""
 
     def __init__(
         self, rows: _Rows, steps: int, records: tuple[str, ...], dtype: torch.dtype, device: torch.device
@@ -241,19 +243,33 @@ class _Wave:
         values["tokens"] = torch.zeros(num_rows, steps, dtype=torch.int64, device=device)
         values["mask"] = torch.zeros(num_rows, steps, dtype=torch.bool, device=device)
         self.tensors = values
+        self.written = 0  # positions
+        self.waiting: list[tuple[Drawn, Tensor, Tensor]] = []
 
-    def write(self, position: int, alive: Tensor, real: Tensor, drawn: Drawn, ended: Tensor) -> None:
-        """Store what the rows that have not ended drew at this position."""
-        column = {
-            "tokens": drawn.tokens * real,
-            "mask": real,
-            "log_probs": torch.where(real, drawn.log_probs, 0.0),
-            "sampling_log_probs": torch.where(real, drawn.sampling_log_probs, 0.0),
+    def append(self, drawn: Drawn, real: Tensor, ended: Tensor) -> None:
+        """One position: what was drawn, for which rows it counts, which of them it ends."""
+        self.waiting.append((drawn, real, ended))
+
+    def flush(self, alive: Tensor) -> None:
+        """Put the positions since the last flush in place; ``alive`` are the rows they belong to."""
+        if not self.waiting:
+            return
+        drawn = [entry[0] for entry in self.waiting]
+        real = torch.stack([entry[1] for entry in self.waiting], 1)
+        ended = torch.stack([entry[2] for entry in self.waiting], 1)
+        columns = {
+            "tokens": [values.tokens for values in drawn],
+            "log_probs": [values.log_probs for values in drawn],
+            "sampling_log_probs": [values.sampling_log_probs for values in drawn],
         }
-        column |= {name: torch.where(real, values, 0.0) for name, values in drawn.records.items()}
-        for name, values in column.items():
-            self.tensors[name][alive, position] = values
-        self.finished[alive] |= ended & real
+        columns |= {name: [values.records[name] for values in drawn] for name in drawn[0].records}
+        positions = slice(self.written, self.written + len(drawn))
+        for name, values in columns.items():
+            self.tensors[name][alive, positions] = torch.where(real, torch.stack(values, 1), 0)
+        self.tensors["mask"][alive, positions] = real
+        self.finished[alive] |= (ended & real).any(1)
+        self.written += len(drawn)
+        self.waiting = []
 
 
 def _batch_size(rows: int) -> int:
