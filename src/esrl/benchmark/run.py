@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from esrl.benchmark.stage_one import stage_one
 from esrl.benchmark.step import memory, scale, step
 from esrl.benchmark.workloads import MODELS
 from esrl.training.run_folder import environment
+from esrl.training.storage import write_bytes
 
 Section = Callable[[list[str], tuple[int, ...] | None, Meter], tuple[list[Row], list[Row]]]
 
@@ -48,6 +51,8 @@ class BenchmarkConfig:
     """Threads of each contestant; as many as torch takes if unset: the physical cores, or OMP_NUM_THREADS."""
     json: bool = False
     """Print one JSON object on standard output; the table goes to standard error."""
+    output: Path | None = None
+    """A file for the same object, written anew after each section: a run that is stopped keeps what it has measured."""
 
     def __post_init__(self) -> None:
         _check_names("only", self.only, SECTIONS)
@@ -74,14 +79,17 @@ def benchmark(config: BenchmarkConfig, progress: Progress | None = None) -> dict
         and "machine".
     """
     threads = config.threads or torch.get_num_threads()
-    result: dict[str, Any] = {}
-    not_run: list[Row] = []
+    result: dict[str, Any] = {"not_run": [], "machine": machine(threads)}
     meter = Meter(config.repetitions, threads, progress or (lambda _: None))
     for name in dict.fromkeys(config.only):
         rows, left_out = SECTIONS[name](list(dict.fromkeys(config.models)), config.samples, meter)
         result[name.replace("-", "_")] = rows
-        not_run += left_out
-    return result | {"not_run": not_run, "machine": machine(threads)}
+        result["not_run"] += left_out
+        if config.output is not None:
+            whole = config.output.with_name(f".{config.output.name}.partial")
+            write_bytes(whole, (json.dumps(result, indent=1) + "\n").encode())
+            whole.replace(config.output)
+    return result
 
 
 def machine(threads: int) -> dict[str, Any]:

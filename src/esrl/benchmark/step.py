@@ -15,11 +15,13 @@ SAMPLES = (1, 5, 15, 20)
 MEMORY_SAMPLES = (4, 16, 64)
 MEMORY_VOCABULARIES = (8_000, 32_000, 250_000)
 MEMORY_LENGTHS = (30, 60, 120)
-CONVENTIONAL_ROWS = 256
-"""The conventional step of the base model needs some 9 GB for so many rows: more are not asked of the machine."""
+CONVENTIONAL_TOKENS = 4_000
+"""The conventional step of the base model needs some 12 GB for so many: more are not asked of the machine."""
 
 SCALE_ROWS = (64, 256, 1024, 4096)
 SCALE_PROMPTS = (8, 64, 512)
+SCALE_SAMPLES = 2
+"""Per prompt, while the prompts grow."""
 
 
 def step(models: list[str], samples: tuple[int, ...] | None, meter: Meter) -> tuple[list[Row], list[Row]]:
@@ -52,7 +54,8 @@ def memory(models: list[str], samples: tuple[int, ...] | None, meter: Meter) -> 
         }
         for what, workloads in varied.items():
             for workload in workloads:
-                alone = workload.samples * workload.prompts > CONVENTIONAL_ROWS or what == "vocabulary"
+                tokens = workload.samples * workload.prompts * workload.expected_length
+                alone = tokens > CONVENTIONAL_TOKENS or what == "vocabulary"
                 names = ["esrl"] if alone else ["esrl", "conventional-mrt"]
                 results, left_out = meter.run([workload], "step", names)
                 rows += [_row(result, name) | {"varied": what} for result in results for name in result.measured]
@@ -65,7 +68,7 @@ def scale(models: list[str], samples: tuple[int, ...] | None, meter: Meter) -> t
     rows: list[Row] = []
     not_run: list[Row] = []
     for name in models:
-        usual = Workload(name=name, model=MODELS[name], samples=8)
+        usual = Workload(name=name, model=MODELS[name], samples=SCALE_SAMPLES)
         by_rows = [dataclasses.replace(usual, samples=count // usual.prompts) for count in SCALE_ROWS]
         by_prompts = [dataclasses.replace(usual, prompts=count) for count in SCALE_PROMPTS]
         for what, workloads in {"rows": by_rows, "prompts": by_prompts}.items():

@@ -30,7 +30,7 @@ class SamplingConfig:
     max_length_ratio: float | None = None
     """If set, a sample is also cut at ceil(ratio * source tokens) + 10."""
     max_cache_tokens: int | None = None
-    """Rows times max_new_tokens of one wave; bounds the key/value cache whatever k_x is. Unset: 32,768 on CPUs, 524,288
+    """Rows times max_new_tokens of one wave; bounds the key/value cache whatever k_x is. Unset: 20,480 on CPUs, 524,288
     on CUDA."""
     max_prompt_tokens: int = 16384
     """Source tokens encoded at a time, padding included."""
@@ -62,7 +62,7 @@ class _Limits:
     def of(cls, config: SamplingConfig, policy: Policy) -> _Limits:
         cuda = policy.device.type == "cuda"
         return cls(
-            cache_tokens=config.max_cache_tokens or (1 << 19 if cuda else 1 << 15),
+            cache_tokens=config.max_cache_tokens or (1 << 19 if cuda else 5 << 12),
             logits=config.max_logits or (1 << 26 if cuda else max(1 << 20, 16 * policy.vocabulary)),
             check_steps=8 if cuda else 1,
         )

@@ -34,7 +34,7 @@ class GradientConfig:
     """`two_stage` (paper) or `graph`: the conventional step that keeps the graph of sampling, for small models (the
     ablation without two stages)."""
     micro_batch_tokens: int | None = None
-    """Target tokens, padding included, in one micro-batch; halved when memory runs out. Unset: 512 on CPUs, 16,384 on
+    """Target tokens, padding included, in one micro-batch; halved when memory runs out. Unset: 256 on CPUs, 16,384 on
     CUDA."""
     max_prompt_tokens: int | None = None
     """Source tokens, padding included, whose encoder graph is held at a time. Unset: 4,096 on CPUs, 65,536 on CUDA."""
@@ -68,7 +68,7 @@ class StageTwo:
         self.policy = policy
         self.config = config
         cuda = policy.device.type == "cuda"
-        self.micro_batch_tokens = config.micro_batch_tokens or (1 << 14 if cuda else 1 << 9)
+        self.micro_batch_tokens = config.micro_batch_tokens or (1 << 14 if cuda else 1 << 8)
         self.max_prompt_tokens = config.max_prompt_tokens or (1 << 16 if cuda else 1 << 12)
 
     @property
@@ -95,19 +95,20 @@ class StageTwo:
     def backward(
         self, prompts: Prompts, rollouts: Rollouts, coefficients: Tensor, temperature: Tensor | None, seed: int
     ) -> None:
-        """Add sum c * dl/dtheta to the parameters' ``grad``; rows whose coefficients are all 0 cost nothing.
+        """Set the parameters' ``grad`` to sum c * dl/dtheta; rows whose coefficients are all 0 cost nothing.
+
+        What was in ``grad`` before is lost: to keep it for a second attempt would take as much memory again.
 
         Args:
             coefficients: (R, T) c = dL/dl.
             temperature: (R,) of the scores, None for 1.
             seed: of dropout; the same seed as in ``log_probs`` replays it.
         """
-        parameters = [p for p in self.policy.model.parameters() if p.requires_grad]
-        before = [None if p.grad is None else p.grad.clone() for p in parameters]
 
         def attempt() -> None:
-            for parameter, gradient in zip(parameters, before, strict=True):
-                parameter.grad = None if gradient is None else gradient.clone()
+            for parameter in self.policy.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.zero_()
             self._backward(prompts, rollouts, coefficients, temperature, seed)
 
         self._retry(attempt)
