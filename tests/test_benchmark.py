@@ -387,7 +387,7 @@ def test_memory_and_scale_vary_one_thing_at_a_time(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(step_module, "SCALE_ROWS", (32,))
     monkeypatch.setattr(step_module, "SCALE_PROMPTS", (4,))
     rows, _ = step_module.scale(["small"], None, meter)
-    assert [(row["varied"], row["prompts"], row["rows"]) for row in rows] == [("rows", 16, 32), ("prompts", 4, 32)]
+    assert [(row["varied"], row["prompts"], row["rows"]) for row in rows] == [("rows", 16, 32), ("prompts", 4, 8)]
     assert all(row["seconds_per_token"] > 0 for row in rows)
 
 
