@@ -64,9 +64,9 @@ WRONG = [
     ({"objective": {"alpha": math.nan}}, "the file: objective.alpha is nan; it must be finite."),
     ({"optimizer": {"max_grad_norm": math.inf}}, "the file: optimizer.max_grad_norm is inf; it must be finite."),
     ({"objective": 3}, "the file: objective is 3; it must be a table, [objective]."),
-    ({"objective": {"kind": "mrs"}}, "the file: objective.kind is 'mrs'; choose one of fused, reinforce, mrt."),
-    ({"objective": {"kind": ["mrt"]}}, "the file: objective.kind is ['mrt']; choose one of fused, reinforce, mrt."),
-    ({"method": "ppoo"}, "the file: method is 'ppoo'; choose one of esrl, reinforce, mrt."),
+    ({"objective": {"kind": "mrs"}}, "the file: objective.kind is 'mrs'; choose one of fused, reinforce, mrt, grpo"),
+    ({"objective": {"kind": ["mrt"]}}, "the file: objective.kind is ['mrt']; choose one of fused, reinforce, mrt, "),
+    ({"method": "ppoo"}, "the file: method is 'ppoo'; choose one of esrl, reinforce, mrt, grpo, rloo, ppo."),
     ({"reward": {"names": "bleu"}}, "the file: reward.names is 'bleu'; it must be a list."),
     ({"reward": {"names": [1]}}, "the file: reward.names is 1; it must be a string."),
     ({"objective": {"alpha": -1.0}}, "the file: objective: alpha is -1.0; it must be above 0 and finite."),
@@ -285,8 +285,8 @@ def test_a_method_in_python_brings_its_settings_and_they_may_be_overridden():
     assert config == make(with_method({"method": "mrt", **own}, METHODS, None))
     assert (config.method, config.objective.kind, config.allocation.allocator) == ("mrt", "mrt", "uniform")
     assert esrl.rl_config("reinforce", **MINIMAL, allocation={"allocator": "esrl"}).allocation.allocator == "esrl"
-    with pytest.raises(ValueError, match="rl_config: method is 'ppo'; choose one of esrl, reinforce, mrt"):
-        esrl.rl_config("ppo", **MINIMAL)
+    with pytest.raises(ValueError, match="rl_config: method is 'trpo'; choose one of esrl, reinforce, mrt, grpo, rloo"):
+        esrl.rl_config("trpo", **MINIMAL)
     with pytest.raises(ValueError, match=r"rl_config: unknown key alocation. Did you mean allocation?"):
         esrl.rl_config("mrt", **MINIMAL, alocation={})
 
@@ -298,8 +298,8 @@ def test_a_method_without_its_settings_is_refused():
         RLConfig(method="mrt", **parts)
     with pytest.raises(ValueError, match=r"method 'mrt' needs objective.kind 'mrt'"):
         dataclasses.replace(esrl.rl_config("mrt", **MINIMAL), objective=ObjectiveConfig(kind="reinforce"))
-    with pytest.raises(ValueError, match="method is 'ppo'; choose one of esrl, reinforce, mrt"):
-        RLConfig(method="ppo", **parts)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="method is 'trpo'; choose one of esrl, reinforce, mrt, grpo, rloo, ppo"):
+        RLConfig(method="trpo", **parts)  # type: ignore[arg-type]
     assert RLConfig(objective=ObjectiveConfig(kind="mrt"), **parts).method == "esrl"
 
 

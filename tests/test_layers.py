@@ -21,7 +21,7 @@ LEVELS = [
     {"sampling"},
     {"evaluation"},
     {"training"},
-    {"benchmark", "report"},
+    {"benchmark", "judge", "report"},
     {"config"},
     {"commands"},
     {"apply", "plan", "demo"},

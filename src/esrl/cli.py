@@ -22,13 +22,14 @@ esrl: reinforcement learning for sequence generation that spends its samples whe
   esrl plan CONFIG.toml            how would the sampling budget be spent? no training
   esrl evaluate MODEL              decode and score a test set, paired bootstrap, --json
   esrl generate MODEL              lines in, lines out
+  esrl judge CONFIG.toml           answers judged by a language model behind an OpenAI-compatible endpoint, --json
   esrl report RUN [RUN ...]        one HTML file from one or several runs, or from a benchmark's results
   esrl benchmark                   stage one against its peers on this machine
 
 `esrl COMMAND --help` shows every setting. Settings come from the class defaults, then the TOML file, then flags:
   esrl rl configs/multi30k-de-en/rl.toml --optimizer.learning-rate 5e-5
 `--debug` shows the traceback of a failure. Exit codes: 0 done, 2 bad input, 3 reward, 4 numerics, 5 memory, 6 storage,
-7 run folder in use, 130 and 143 interrupted and saved.
+7 run folder in use, 8 judge's endpoint, 130 and 143 interrupted and saved.
 """
 
 
@@ -254,6 +255,15 @@ def _generate(rest: list[str]) -> int:
     return 0
 
 
+def _judge(rest: list[str]) -> int:
+    from esrl import commands
+    from esrl.judge import JudgeConfig, show_judgment
+
+    config = _configured(JudgeConfig, "judge", rest)
+    show_judgment(commands.judge(config), config.json)
+    return 0
+
+
 def _report(rest: list[str]) -> int:
     from esrl.report import write_report
     from esrl.report.command import ReportConfig
@@ -285,7 +295,7 @@ def _benchmark(rest: list[str]) -> int:
     return run_command(_flags_only(BenchmarkConfig, "benchmark", rest))
 
 
-PRINTING = {"data", "plan", "evaluate", "generate", "report", "benchmark"}
+PRINTING = {"data", "plan", "evaluate", "generate", "judge", "report", "benchmark"}
 """Commands that are done when nobody reads their output any more; a run goes on."""
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
@@ -296,6 +306,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plan": _plan,
     "evaluate": _evaluate,
     "generate": _generate,
+    "judge": _judge,
     "report": _report,
     "benchmark": _benchmark,
 }

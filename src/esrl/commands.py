@@ -22,6 +22,7 @@ from esrl.data.files import nearest
 from esrl.data.readers import DataConfig, load_examples
 from esrl.evaluation.development import Development
 from esrl.evaluation.scores import check_references, metrics_by_name
+from esrl.judge import JudgeConfig, run_judge
 from esrl.models.seq2seq import PRESETS, MarianPolicy, load_policy, new_policy
 from esrl.models.tokenizer import train_tokenizer
 from esrl.report import write_report
@@ -92,6 +93,15 @@ def rl(config: RLConfig) -> RunResult:
     run = _run_folder(config, accelerator)
     with run.claim(), make_rl_task(config, accelerator) as task:
         return _train(config, run, task, task.examples, accelerator, signature(config))
+
+
+def judge(config: JudgeConfig) -> dict[str, Any]:
+    """Answers judged by a language model, one by one or in pairs; what is judged already is not asked for again.
+
+    Returns:
+        the result, as in ``output_dir/result.json``: totals, differences and wins with their intervals (docs/judge.md).
+    """
+    return run_judge(config)
 
 
 @contextmanager

@@ -27,24 +27,41 @@ from esrl.training.mle import LikelihoodConfig
 from esrl.training.optimization import OptimizerConfig
 
 Config = TypeVar("Config")
-MethodName = Literal["esrl", "reinforce", "mrt"]
+MethodName = Literal["esrl", "reinforce", "mrt", "grpo", "rloo", "ppo"]
 
 METHODS: dict[str, dict[str, dict[str, Any]]] = {
     # the class defaults, written out: `--method esrl` must undo what a file says of another method
     "esrl": {
         "allocation": {"allocator": "esrl", "temperature_rule": "paper"},
-        "objective": {"kind": "fused"},
+        "objective": {"kind": "fused", "kl_coefficient": 0.0},
         "baseline": {"kind": "fifo"},
     },
     # the paper's REINFORCE row: tau .95 and a moving-average baseline
     "reinforce": {
         "allocation": {"allocator": "uniform", "temperature_rule": "fixed", "fixed_temperature": 0.95},
-        "objective": {"kind": "reinforce"},
+        "objective": {"kind": "reinforce", "kl_coefficient": 0.0},
         "baseline": {"kind": "moving_average"},
     },
     "mrt": {
         "allocation": {"allocator": "uniform", "temperature_rule": "fixed", "fixed_temperature": 1.0},
-        "objective": {"kind": "mrt"},
+        "objective": {"kind": "mrt", "kl_coefficient": 0.0},
+        "baseline": {"kind": "none"},
+    },
+    # TRL's defaults: no divergence from a reference in GRPO, 0.05 of it off the rewards of sequences in RLOO
+    "grpo": {
+        "allocation": {"allocator": "uniform", "temperature_rule": "fixed", "fixed_temperature": 1.0},
+        "objective": {"kind": "grpo", "kl_coefficient": 0.0},
+        "baseline": {"kind": "prompt_mean"},
+    },
+    "rloo": {
+        "allocation": {"allocator": "uniform", "temperature_rule": "fixed", "fixed_temperature": 1.0},
+        "objective": {"kind": "rloo", "kl_coefficient": 0.05},
+        "baseline": {"kind": "leave_one_out"},
+    },
+    # the paper's RLHF setting: KL .1 off the rewards of tokens, with the critic's defaults
+    "ppo": {
+        "allocation": {"allocator": "uniform", "temperature_rule": "fixed", "fixed_temperature": 1.0},
+        "objective": {"kind": "ppo", "kl_coefficient": 0.1},
         "baseline": {"kind": "none"},
     },
 }
@@ -125,16 +142,16 @@ class RLConfig(RunConfig):
     model: str
     """The Marian-type folder or hub name to start from."""
     method: MethodName = "esrl"
-    """esrl, reinforce or mrt: names for settings of allocation, objective and baseline. A TOML file, flags and
-    `esrl.rl_config` fill them in; they may be overridden, but for the objective of reinforce and mrt."""
+    """esrl, reinforce, mrt, grpo, rloo or ppo: names for settings of allocation, objective and baseline. A TOML file,
+    flags and `esrl.rl_config` fill them in; they may be overridden, but for the objective of all but esrl."""
     step: StepConfig = field(default_factory=StepConfig)
-    """Batch, duplicates."""
+    """Batch, duplicates, updates from a batch of samples."""
     allocation: AllocationConfig = field(default_factory=AllocationConfig)
     """How the sampling budget is spent (eq. 8, eq. 9)."""
     capability: CapabilityConfig = field(default_factory=CapabilityConfig)
     """How capability is estimated (eq. 6, eq. 7)."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    """The loss (eq. 3, 4, 5)."""
+    """The loss (eq. 3, 4, 5; GRPO, RLOO, PPO) and the divergence from the reference policy."""
     baseline: BaselineConfig = field(default_factory=BaselineConfig)
     """What rewards are compared with."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -186,11 +203,30 @@ def signature(config: RLConfig) -> str:
         "tau": tau,
         "obj": config.objective.kind,
         "base": f"{baseline.kind}-{baseline.queue_size}" if baseline.kind == "fifo" else baseline.kind,
-        "alpha": config.objective.alpha,
+        **_learning(config),
         "seed": config.seed,
         "v": __version__,
     }
     return "esrl|" + "|".join(f"{key}:{value}" for key, value in parts.items())
+
+
+def _learning(config: RLConfig) -> dict[str, Any]:
+    """What the objective of this kind reads."""
+    objective, step = config.objective, config.step
+    parts: dict[str, Any] = {}
+    if not objective.is_clipped:
+        parts["alpha"] = objective.alpha
+    if objective.is_clipped:
+        parts["clip"] = f"{objective.clip_low}-{objective.clip_high}"
+    if objective.kind != "ppo" and objective.is_clipped:
+        parts["std"] = objective.std_norm
+    if objective.kind in ("grpo", "ppo"):
+        parts["norm"] = objective.length_norm
+    if objective.kl_coefficient:
+        parts["kl"] = f"{objective.kl_coefficient}-{objective.estimator}-{objective.place}"
+    if step.num_updates > 1:
+        parts["updates"] = f"{step.updates_per_batch}x{step.minibatches}"
+    return parts
 
 
 def model_path(value: str, folder: Path | None) -> str:

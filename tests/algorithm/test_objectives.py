@@ -191,7 +191,7 @@ def test_no_rows(make_samples: Any):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "ppo"}, "objective is 'ppo'; choose one of fused, reinforce, mrt"),
+        ({"kind": "trpo"}, "objective is 'trpo'; choose one of fused, reinforce, mrt, grpo, rloo, ppo"),
         ({"mrt_scale": "alpha"}, "mrt_scale is 'alpha'"),
         ({"reinforce_reduction": "max"}, "reinforce_reduction is 'max'"),
         ({"score_temperature": "two"}, "score_temperature is 'two'"),

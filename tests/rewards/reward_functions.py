@@ -167,3 +167,53 @@ def obeys(prompts, completions, source=None, log_metric=None):
     if order == "pid":
         log_metric("pid", os.getpid())
     return [None if text == "abstain" else float(len(text)) for text in completions]
+
+
+LOOPS = set()
+
+
+async def remembers_its_loop(completions):
+    LOOPS.add(id(asyncio.get_running_loop()))
+    return [float(len(LOOPS))] * len(completions)
+
+
+class AsyncScorer:
+    async def __call__(self, completions, **kwargs):
+        await asyncio.sleep(0)
+        return [float(len(text)) for text in completions]
+
+
+async def waits(completions):
+    await asyncio.sleep(0.5)
+    return [1.0] * len(completions)
+
+
+async def waits_too(completions):
+    await asyncio.sleep(0.5)
+    return [2.0] * len(completions)
+
+
+def blocks(completions):
+    time.sleep(0.5)
+    return [3.0] * len(completions)
+
+
+async def never_ends(completions):
+    await asyncio.sleep(3600)
+
+
+async def raises_later(completions):
+    await asyncio.sleep(0)
+    return 1 / 0
+
+
+async def exits_later(completions):
+    sys.exit(3)
+
+
+async def asynchronous_nan(completions):
+    return [float("nan")] * len(completions)
+
+
+async def asynchronous_too_few(completions):
+    return [1.0] * (len(completions) - 1)

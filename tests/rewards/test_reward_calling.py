@@ -55,7 +55,8 @@ def obeying():
 
 
 @pytest.mark.parametrize(
-    "name", ["lengths", "as_tuple", "as_numpy", "as_tensor", "as_numpy_scalars", "asynchronous", "Scorer"]
+    "name",
+    ["lengths", "as_tuple", "as_numpy", "as_tensor", "as_numpy_scalars", "asynchronous", "Scorer", "AsyncScorer"],
 )
 def test_every_kind_of_list_of_numbers_counts(name):
     result = score(name)
@@ -94,6 +95,10 @@ def test_none_abstains_and_is_counted(caplog):
         ("raises", r"raised ZeroDivisionError: .*\(reward_functions.py:\d+\), for 3 completions, the first 'a'"),
         ("exits", "raised SystemExit"),
         ("misuses_log_extra", "1 values for 3 completions"),
+        ("raises_later", "raised ZeroDivisionError: .*, for 3 completions"),
+        ("exits_later", "raised SystemExit"),
+        ("asynchronous_nan", "returned nan.* for completion 0 of 3: 'a'"),
+        ("asynchronous_too_few", "returned 2 values for 3 completions"),
     ],
 )
 def test_a_broken_contract_stops_with_name_and_culprit(name, message):
@@ -154,6 +159,48 @@ def test_async_functions_run_inside_a_running_loop():
         return score("asynchronous").values.tolist()
 
     assert asyncio.run(notebook()) == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("options", [{}, {"timeout_seconds": 20}], ids=["here", "in a worker"])
+def test_async_functions_stay_on_one_loop(options):
+    """So that a client which a function keeps open serves every step."""
+    with build_reward(RewardConfig(names=(path_of("remembers_its_loop"),), **options)) as reward:
+        assert [call(reward).values.tolist() for _ in range(3)] == [[1.0] * 3] * 3
+
+
+@pytest.mark.parametrize("names", [("waits", "blocks", "waits_too"), ("blocks", "waits_too", "waits")])
+def test_async_functions_run_while_others_do(names):
+    with build_reward(RewardConfig(names=tuple(map(path_of, names)))) as reward:
+        started = time.monotonic()
+        assert call(reward).values.tolist() == [6.0] * 3
+        assert time.monotonic() - started < 0.9  # one after another they take 1.5 s
+
+
+def test_workers_run_at_the_same_time():
+    names = tuple(map(path_of, ("blocks", "waits", "blocks")))
+    with build_reward(RewardConfig(names=names, timeout_seconds=5)) as reward:
+        started = time.monotonic()
+        assert call(reward).values.tolist() == [7.0] * 3
+        assert time.monotonic() - started < 1.2
+
+
+def test_an_async_function_that_never_ends_is_stopped(caplog):
+    names = (path_of("never_ends"), path_of("waits"))
+    with build_reward(RewardConfig(names=names, timeout_seconds=0.9)) as reward:
+        started = time.monotonic()
+        assert call(reward).abstained.all()
+        assert time.monotonic() - started < 2 * (0.9 + 1)
+    assert "never_ends' gave no answer in 0.9 s" in caplog.text and "waits' gave" not in caplog.text
+
+
+def test_nobody_waits_for_the_others_of_a_function_that_fails():
+    names = (path_of("raises"), path_of("never_ends"))
+    for options in ({}, {"timeout_seconds": 20}):
+        with build_reward(RewardConfig(names=names, **options)) as reward:
+            started = time.monotonic()
+            with pytest.raises(RewardError, match="ZeroDivisionError"):
+                call(reward)
+            assert time.monotonic() - started < 5
 
 
 def test_no_completions_is_no_call():

@@ -43,6 +43,24 @@ from esrl.training.rl import Method, RLTask, StepConfig
 from esrl.training.run_folder import RunFolder
 
 BATCH = 7
+METHODS: dict[str, tuple[ObjectiveConfig, BaselineConfig, StepConfig]] = {
+    "grpo": (
+        ObjectiveConfig(kind="grpo", normalise="token", std_normalise="batch"),
+        BaselineConfig(kind="prompt_mean", queue_size=20),
+        StepConfig(batch_size=BATCH, updates_per_batch=2),
+    ),
+    "rloo": (
+        ObjectiveConfig(kind="rloo", kl_coefficient=0.2, kl_target=0.05, kl_horizon=50),
+        BaselineConfig(kind="leave_one_out", queue_size=20),
+        StepConfig(batch_size=BATCH),
+    ),
+    "ppo": (
+        ObjectiveConfig(kind="ppo", kl_coefficient=0.2),
+        BaselineConfig(kind="none", queue_size=20),
+        StepConfig(batch_size=BATCH, updates_per_batch=2),
+    ),
+}
+ESRL = (ObjectiveConfig(alpha=0.1), BaselineConfig(queue_size=20), StepConfig(batch_size=BATCH))
 
 
 def make_task(kind: str, num_examples: int) -> RLTask:
@@ -51,18 +69,19 @@ def make_task(kind: str, num_examples: int) -> RLTask:
     policy = new_policy(Preset(width=32, layers=1, heads=2, inner_width=48), tokenizer, 60, 3)
     policy.model.to(torch.float64)
     policy.model.final_logits_bias[0, tokenizer.eos_token_id] += 2.5
+    objective, baseline, step = METHODS.get(kind, ESRL)
     return RLTask(
         policy,
         examples,
         Method(
             allocation=AllocationConfig(max_samples=5, elimination_ratio=0.5),
             capability=CapabilityConfig(),
-            objective=ObjectiveConfig(alpha=0.1),
-            baseline=BaselineConfig(queue_size=20),
+            objective=objective,
+            baseline=baseline,
         ),
-        StepConfig(batch_size=BATCH),
+        step,
         SamplingConfig(max_new_tokens=10),
-        GradientConfig(kind=kind, micro_batch_tokens=40),
+        GradientConfig(kind="graph" if kind == "graph" else "two_stage", micro_batch_tokens=40),
         build_reward(RewardConfig(names=("chrf",))),
         Development([], (), DecodingConfig()),
         seed=4,
@@ -70,11 +89,13 @@ def make_task(kind: str, num_examples: int) -> RLTask:
 
 
 def run(kind: str, num_examples: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Two epochs of two steps: what was logged and remembered, and every step's summed gradient."""
+    """Two epochs of two steps, or one of two batches and four updates: what was logged and remembered, and every step's
+    summed gradient."""
     task, tensors = make_task(kind, num_examples), {}
     optimizer = Optimizer(task.model, OptimizerConfig(learning_rate=1e-3))
     record: dict[str, Any] = {"steps": []}
-    for number, (epoch, batch) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+    several = task.config.num_updates > 1
+    for number, (epoch, batch) in enumerate([(0, 0), (0, 1), *([(0, 2), (0, 3)] if several else [(1, 0), (1, 1)])]):
         optimizer.zero_grad()
         update = task.compute(epoch, batch)
         task.processes.sum_gradients(optimizer.parameters)
@@ -123,7 +144,7 @@ def rank_main(rank: int, size: int, num_examples: int, output: Path) -> None:
     name = f"{num_examples}-{rank}-of-{size}"
     join(output / f"{num_examples}-store", rank, size)
     record: dict[str, Any] = {"primitives": primitives()}
-    for kind in ("two_stage", "graph"):
+    for kind in ("two_stage", "graph", *METHODS):
         record[kind], tensors = run(kind, num_examples)
         save_file(tensors, output / f"{name}-{kind}.safetensors")
     (output / f"{name}.json").write_text(json.dumps(record))

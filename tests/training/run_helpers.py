@@ -40,7 +40,19 @@ MLE: dict[str, Any] = {
     "training": {"num_epochs": 1, "eval_steps": 3, "save_steps": 2},
 }
 DROPOUT: dict[str, Any] = {"gradient": {"dropout": 0.1}, "training": {"save_steps": 2}}
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"rl": ("rl", {}), "rl-dropout": ("rl", DROPOUT), "mle": ("mle", {})}
+# a critic, a steered KL coefficient, and samples that outlive the update they were drawn for: four updates a batch
+PPO: dict[str, Any] = {
+    "method": "ppo",
+    "step": {"updates_per_batch": 2, "minibatches": 2},
+    "objective": {"kl_target": 0.05, "kl_horizon": 100},
+    "training": {"max_steps": 10},
+}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "rl": ("rl", {}),
+    "rl-dropout": ("rl", DROPOUT),
+    "rl-ppo": ("rl", PPO),
+    "mle": ("mle", {}),
+}
 
 
 @dataclass(frozen=True)

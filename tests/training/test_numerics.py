@@ -16,9 +16,9 @@ from run_helpers import bits, metric_rows, mle_config, rl_config, saved_state, s
 from esrl import commands
 from esrl.errors import EsrlError, NumericsError, RewardError
 from esrl.models.seq2seq import MarianPolicy, load_policy
+from esrl.training import learning as learning_module
 from esrl.training import mle as mle_module
 from esrl.training import planning
-from esrl.training import rl as rl_module
 from esrl.training.checkpoint import unpack_tensors
 from esrl.training.gradient import StageTwo
 from esrl.training.mle import MLETask
@@ -121,32 +121,33 @@ def nan_logits(monkeypatch: pytest.MonkeyPatch, now: list[bool], value: float) -
 
 
 def nan_log_probs(monkeypatch: pytest.MonkeyPatch, now: list[bool], value: float) -> None:
-    real = StageTwo.log_probs
-    monkeypatch.setattr(
-        StageTwo,
-        "log_probs",
-        lambda self, *args: spoil_first(real(self, *args), value) if now[0] else real(self, *args),
-    )
+    real = StageTwo.scores
+
+    def scores(self: Any, *args: Any) -> Any:
+        log_probs, values = real(self, *args)
+        return (spoil_first(log_probs, value) if now[0] else log_probs), values
+
+    monkeypatch.setattr(StageTwo, "scores", scores)
 
 
 def nan_loss(monkeypatch: pytest.MonkeyPatch, now: list[bool], value: float) -> None:
-    real = rl_module.coefficients
+    real = learning_module.coefficients
 
     def coefficients(*args: Any) -> Any:
         loss, gradient = real(*args)
         return (torch.tensor(value) if now[0] else loss), gradient
 
-    monkeypatch.setattr(rl_module, "coefficients", coefficients)
+    monkeypatch.setattr(learning_module, "coefficients", coefficients)
 
 
 def nan_coefficients(monkeypatch: pytest.MonkeyPatch, now: list[bool], value: float) -> None:
-    real = rl_module.coefficients
+    real = learning_module.coefficients
 
     def coefficients(*args: Any) -> Any:
         loss, gradient = real(*args)
         return loss, (spoil_first(gradient, value) if now[0] else gradient)
 
-    monkeypatch.setattr(rl_module, "coefficients", coefficients)
+    monkeypatch.setattr(learning_module, "coefficients", coefficients)
 
 
 def nan_gradient(monkeypatch: pytest.MonkeyPatch, now: list[bool], value: float) -> None:

@@ -86,6 +86,29 @@ def test_two_processes_make_the_steps_of_one(output, examples, kind):
     assert len(one["state"]["memory"]) == examples and len(one["state"]["queue"]["values"]) == 20
 
 
+@pytest.mark.parametrize("examples", [EVEN, EMPTY])
+@pytest.mark.parametrize("kind", ["grpo", "rloo", "ppo"])
+def test_two_processes_learn_like_one(output, examples, kind):
+    """Spreads and whitening over all processes, ratios, the divergence and its steering, the critic; in the last batch
+    one process may have no sample at all."""
+    one = record(output, examples, 0, 1)[kind]
+    expected = tensors(output, examples, kind, 0, 1)
+    for rank in (0, 1):
+        assert_close(record(output, examples, rank, 2)[kind], one)
+        found = tensors(output, examples, kind, rank, 2)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-9, msg=name)
+    figures = [step["metrics"] for step in one["steps"]]
+    if kind != "rloo":  # two updates a batch, the second off the policy that has sampled
+        assert [row["update"] for row in figures] == [0, 1, 0, 1]
+        assert figures[0]["ratio_mean"] == 1 != figures[1]["ratio_mean"]
+    else:
+        assert one["state"]["kl_coefficient"] != 0.2
+    prefix = "policy." if kind == "ppo" else ""
+    assert float(expected[f"0.{prefix}model.shared.weight"].abs().max()) > 1e-3
+
+
 @CASES
 def test_summed_gradients_are_those_of_one_process(output, examples, kind):
     record(output, examples, 0, 2)  # shows the error where there was one

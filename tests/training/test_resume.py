@@ -9,12 +9,23 @@ from pathlib import Path
 
 import pytest
 from fork_server import ForkServer
-from run_helpers import STEPS, Reference, bits, every_file, json_lines, metric_rows, steps_of, values_of, write_config
+from run_helpers import (
+    STEPS,
+    Reference,
+    bits,
+    every_file,
+    json_lines,
+    metric_rows,
+    saved_state,
+    steps_of,
+    values_of,
+    write_config,
+)
 
-from esrl.training.checkpoint import CheckpointStore
+from esrl.training.checkpoint import CheckpointStore, unpack_tensors
 
 KILLS = 30
-SHARES = {"rl": 0.4, "rl-dropout": 0.3, "mle": 0.3}
+SHARES = {"rl": 0.3, "rl-dropout": 0.2, "rl-ppo": 0.3, "mle": 0.2}
 
 pytestmark = pytest.mark.kill
 
@@ -42,6 +53,13 @@ def test_every_step_changes_the_weights_and_nothing_else_varies(server, assets, 
     assert len(weights) == STEPS + 1 and len(set(weights)) == STEPS + 1
     assert references["rl-dropout"].bits["model.safetensors"] != references["rl"].bits["model.safetensors"]
     assert all(row["grad_norm"] > 0 for row in steps_of(tmp_path / "run"))
+    ppo = saved_state(references["rl-ppo"].folder)
+    task = ppo["state.json"]["task"]
+    assert (
+        task["kl_coefficient"] != 0.1 and len(task["experience"]) == 1
+    )  # two of the last batch's four updates are left
+    critic = unpack_tensors(ppo["model.safetensors"])["critic.weight"]
+    assert float(critic.abs().max()) > 0
     assert len(json_lines(references["mle"].folder / "metrics.jsonl")) == 7 + 4  # steps; evaluations at 0, 3, 6, 7
 
 

@@ -30,8 +30,11 @@ KEYS = {
     *("loss", "grad_norm", "learning_rate"),
     # what an honest reading of the first epoch and of abstaining rewards needs
     *("planned_from_memory", "abstained_rows"),
+    # what alarms look at: length drift, prompts that teach nothing
+    *("length_mean", "equal_reward_share"),
 }
 KEEP = {"step": {"duplicates": "keep"}}
+ESRL = {"allocator": "esrl", "temperature_rule": "paper"}
 
 REWARDS = """
 def odd_lengths(completions, **columns):
@@ -223,6 +226,29 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dropout": {"gradient": {"dropout": 0.1}},
     "one sample": {"allocation": {"max_samples": 1}},
     "wide batch": {"step": {"batch_size": 100}},
+    **{name: {"method": name} for name in ("grpo", "rloo", "ppo")},
+    **{f"{name} of ESRL's samples": {"method": name, "allocation": ESRL} for name in ("grpo", "rloo", "ppo")},
+    **{f"{name}, one sample": {"method": name, "allocation": {"max_samples": 1}} for name in ("grpo", "rloo", "ppo")},
+    **{f"{name}, graph": {"method": name, "gradient": {"kind": "graph"}} for name in ("grpo", "rloo", "ppo")},
+    **{f"grpo by {name}": {"method": "grpo", "objective": {"normalise": name}} for name in ("token", "constant")},
+    **{f"grpo, spread: {name}": {"method": "grpo", "objective": {"std_normalise": name}} for name in ("batch", "none")},
+    **{
+        f"{name}, KL in {place} by {how}": {
+            "method": name,
+            "objective": {"kl_coefficient": 0.1, "kl_place": place, "kl_estimator": how, "kl_target": 1.0},
+        }
+        for name, place, how in (
+            ("grpo", "loss", "k3"),
+            ("grpo", "sequence", "k1"),
+            ("rloo", "loss", "k2"),
+            ("ppo", "sequence", "k3"),
+            ("ppo", "loss", "k1"),
+            ("esrl", "sequence", "k1"),
+            ("mrt", "loss", "k3"),
+        )
+    },
+    **{f"{name}, dropout": {"method": name, "gradient": {"dropout": 0.1}} for name in ("grpo", "ppo")},
+    "ESRL-Reward": {"capability": {"estimator": "reward"}, "reward": {"names": ["chrf"], "weights": [-1.0]}},
     "two rewards": {"reward": {"names": ["chrf", "rouge_l"], "weights": [1.0, -0.5]}, "method": "reinforce"},
 }
 

@@ -78,8 +78,14 @@ class RewardQueue:
         self.total_count = state["total_count"]
 
 
-def baseline_values(kind: BaselineKind, rewards: Tensor, groups: Groups, counts: Tensor, queue: RewardQueue) -> Tensor:
+def baseline_values(
+    kind: BaselineKind, rewards: Tensor, groups: Groups, counts: Tensor, queue: RewardQueue, shift: float = 0.0
+) -> Tensor:
     """(R,) the baseline of each row; ``queue`` already holds this step's rewards.
+
+    Args:
+        shift: what is added to the queue's means, where ``rewards`` are not what was pushed: the queue holds rewards as
+            they were scored, a KL penalty comes off afterwards.
 
     ``leave_one_out`` of a prompt with a single sample falls back to the queue's mean, and so does ``prompt_mean``:
     a sample compared with itself would never teach anything.
@@ -87,12 +93,12 @@ def baseline_values(kind: BaselineKind, rewards: Tensor, groups: Groups, counts:
     if kind == "none":
         return torch.zeros_like(rewards)
     if kind == "moving_average":
-        return torch.full_like(rewards, queue.running_mean())
+        return torch.full_like(rewards, queue.running_mean() + shift)
     if kind == "fifo":
-        return torch.full_like(rewards, queue.mean())
+        return torch.full_like(rewards, queue.mean() + shift)
     counts = counts.to(rewards.dtype)
     number = groups.spread(groups.sum(counts))
     total = groups.spread(groups.sum(counts * rewards))
     leave_one_out = (total - rewards) / (number - 1).clamp_min(1)
     own = total / number.clamp_min(1) if kind == "prompt_mean" else leave_one_out
-    return torch.where(number > 1, own, queue.mean())
+    return torch.where(number > 1, own, queue.mean() + shift)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from esrl.algorithm.groups import Groups
 
-Estimator = Literal["metric", "entropy", "random"]
+Estimator = Literal["metric", "reward", "entropy", "random"]
 EntropyForm = Literal["paper", "full_normalised", "sampled_logp", "max_prob"]
 CapabilityMap = Literal["identity", "sigmoid_z", "minmax", "rank"]
 
@@ -22,7 +22,8 @@ class CapabilityConfig:
     """How the capability of a prompt is estimated from its samples."""
 
     estimator: Estimator = "metric"
-    """`metric` (eq. 6: the mean reward of the prompt's samples), `entropy` (eq. 7) or `random` (ESRL-Random)."""
+    """`metric` (eq. 6: the mean reward of the prompt's samples), `reward` (the same of a reward model, whose scores
+    have no bounds: ESRL-Reward), `entropy` (eq. 7) or `random` (ESRL-Random)."""
     entropy_form: EntropyForm = "paper"
     """`paper` (1 + mean p ln p of the sampled token, in [0.632, 1]), `full_normalised` (1 - H / ln V), `sampled_logp`
     (mean log-probability, as a probability) or `max_prob`."""
@@ -30,9 +31,9 @@ class CapabilityConfig:
     """Whether eq. 7 averages over all tokens of a prompt's samples, or over the means of its sequences."""
     contrast: Literal["none", "minmax"] = "none"
     """`minmax` spreads the batch's capabilities over [0, 1] before eq. 8."""
-    capability_map: CapabilityMap = "identity"
+    capability_map: CapabilityMap | None = None
     """Maps unbounded scores into [0, 1]: `identity`, `sigmoid_z` (z-score against the reward queue), `minmax` or `rank`
-    (within the batch)."""
+    (within the batch). Unset: sigmoid_z for `reward`, identity for the others."""
     scope: Literal["step", "process"] = "step"
     """Whether eq. 8 sums over all prompts of the step or over those of one process."""
 
@@ -42,11 +43,17 @@ class CapabilityConfig:
             ("entropy_form", get_args(EntropyForm)),
             ("average", ("tokens", "sequences")),
             ("contrast", ("none", "minmax")),
-            ("capability_map", get_args(CapabilityMap)),
+            ("capability_map", (None, *get_args(CapabilityMap))),
             ("scope", ("step", "process")),
         ):
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}.")
+                known = ", ".join(choice for choice in choices if choice)
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {known}.")
+
+    @property
+    def mapping(self) -> CapabilityMap:
+        """``capability_map``, resolved."""
+        return self.capability_map or ("sigmoid_z" if self.estimator == "reward" else "identity")
 
     @property
     def records(self) -> tuple[str, ...]:

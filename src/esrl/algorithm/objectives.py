@@ -1,84 +1,57 @@
 """Losses as functions of the log-probabilities of samples (eq. 3, 4, 5; method.md, section 5).
 
-All are sums over prompts; the one division by the number of prompts of the step happens in the training step.
+All are sums; the one division, by the number of prompts of the step or of tokens (``denominator``), happens in the
+training step. The settings and the samples are in ``objective_config``, the losses with a clipped ratio in ``clipped``.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor
 
-from esrl.algorithm.groups import Groups
+from esrl.algorithm.clipped import clipped_loss, num_tokens, ratios, row_weights
+from esrl.algorithm.kl import kl_estimates
+from esrl.algorithm.objective_config import ObjectiveConfig, RewardedSamples
 
-ObjectiveKind = Literal["fused", "reinforce", "mrt"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ObjectiveConfig:
-    """Which loss, and its constants."""
-
-    kind: ObjectiveKind = "fused"
-    """`fused` (paper: MRT where k_x > 1, REINFORCE where k_x = 1), `reinforce` or `mrt`."""
-    alpha: float = 0.005
-    """MRT smoothness (eq. 4). Shen et al. use 0.005 with summed log-probabilities; the ESRL paper gives none."""
-    length_normalise: bool = False
-    """Q from mean instead of summed log-probabilities; alpha = 1 is then sane."""
-    mrt_scale: Literal["inverse_alpha", "none"] = "inverse_alpha"
-    """`inverse_alpha` divides the MRT loss by alpha: at .005 an MRT sample would weigh 3.6e-4 against REINFORCE's 1."""
-    group_correction: bool = False
-    """Multiply a prompt's MRT loss by k / (k - 1)."""
-    reinforce_reduction: Literal["mean", "sum"] = "mean"
-    """Over a prompt's samples; `sum` (as eq. 3 is printed) re-weights prompts as soon as k_x varies."""
-    score_temperature: Literal["one", "sampling"] = "one"
-    """Score samples at temperature 1 (paper) or at the temperature they were drawn with."""
-    importance_weights: bool = False
-    """Weigh samples by exp(l - l at tau_x), for sampling at tau_x and scoring at 1."""
-    importance_clip: float = 10.0
-    """Upper bound of an importance weight."""
-
-    def __post_init__(self) -> None:
-        if self.kind not in get_args(ObjectiveKind):
-            raise ValueError(f"objective is {self.kind!r}; choose one of {', '.join(get_args(ObjectiveKind))}.")
-        for name, choices in (
-            ("mrt_scale", ("inverse_alpha", "none")),
-            ("reinforce_reduction", ("mean", "sum")),
-            ("score_temperature", ("one", "sampling")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}.")
-        if not 0 < self.alpha < math.inf:
-            raise ValueError(f"alpha is {self.alpha}; it must be above 0 and finite.")
-        if not self.importance_clip > 0:
-            raise ValueError(f"importance_clip is {self.importance_clip}; it must be above 0.")
-        if self.importance_weights and self.score_temperature == "sampling":
-            raise ValueError(
-                'importance_weights correct for scoring at temperature 1; with score_temperature = "sampling" '
-                "they would all be 1. Drop one of the two."
-            )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RewardedSamples:
-    """Everything an objective needs besides the log-probabilities themselves.
-
-    A row with ``counts`` 0 takes no part (its reward function abstained).
-    """
-
-    mask: Tensor  # (R, T) bool
-    groups: Groups
-    counts: Tensor  # (R,) how often the row was drawn, after merging duplicates
-    rewards: Tensor  # (R,)
-    baseline: Tensor  # (R,)
-    sampling_log_probs: Tensor  # (R, T) at the row's temperature, as recorded in stage one
-    planned: Tensor  # (P,) k_x
+__all__ = [
+    "ObjectiveConfig",
+    "RewardedSamples",
+    "coefficients",
+    "denominator",
+    "mrt_losses",
+    "mrt_prompts",
+    "objective_loss",
+    "reinforce_losses",
+]
 
 
 def objective_loss(log_probs: Tensor, samples: RewardedSamples, config: ObjectiveConfig) -> Tensor:
-    """The step's loss, a sum over prompts: (R, T) -> scalar."""
+    """The step's loss, a sum over prompts or over tokens: (R, T) -> scalar."""
+    loss = clipped_loss(log_probs, samples, config) if config.is_clipped else _plain_loss(log_probs, samples, config)
+    if config.place == "loss" and samples.reference_log_probs is not None:
+        loss = loss + samples.kl_coefficient * kl_loss(log_probs, samples, config)
+    return loss
+
+
+def denominator(samples: RewardedSamples, config: ObjectiveConfig, num_prompts: float) -> float:
+    """What the loss is divided by, this process's part of it: prompts, or tokens (``normalise = "token"``)."""
+    per_token = config.kind in ("grpo", "ppo") and config.length_norm == "token"
+    return num_tokens(samples) if per_token else num_prompts
+
+
+def kl_loss(log_probs: Tensor, samples: RewardedSamples, config: ObjectiveConfig) -> Tensor:
+    """The divergence from the reference policy, weighted as the objective weighs tokens: (R, T) -> scalar.
+
+    Where the objective takes a sequence as one action, that of the sequence: the sum over its tokens.
+    """
+    assert samples.reference_log_probs is not None
+    divergence = kl_estimates(log_probs, samples.reference_log_probs, samples.mask, config.estimator)
+    if config.kl_correction and config.estimator != "k2" and samples.old_log_probs is not None:
+        divergence = divergence * ratios(log_probs, samples)
+    return (row_weights(samples, config).to(log_probs.dtype) * divergence.sum(1)).sum()
+
+
+def _plain_loss(log_probs: Tensor, samples: RewardedSamples, config: ObjectiveConfig) -> Tensor:
     log_weights = _importance_log_weights(log_probs, samples, config)
     uses_mrt = mrt_prompts(samples.planned, config)
     losses = log_probs.new_zeros(samples.groups.num_groups)

@@ -10,6 +10,10 @@ from typing import Literal
 
 SOURCE = "source"
 REFERENCE = "reference"
+MESSAGES = "messages"
+"""The column with a conversation up to its answer, as JSON; its presence marks a chat example."""
+REJECTED = "rejected"
+"""The column with the worse of two answers; the better one is the reference."""
 
 _DIGEST_BYTES = 10  # 20 hex characters: two of 10^8 different examples agree with probability 4e-9
 _TOKENIZE_AT_ONCE = 1000
@@ -87,7 +91,7 @@ class LengthReport:
     """Examples whose reference has more than ``max_target_tokens``."""
     max_source_tokens: int
     max_target_tokens: int | None
-    rule: Literal["skip", "cut"]
+    rule: Literal["skip", "cut", "truncate_left"]
 
     @property
     def skipped(self) -> int:
@@ -97,7 +101,11 @@ class LengthReport:
         parts = [f"{self.long_sources:,} sources over {self.max_source_tokens:,} tokens"]
         if self.max_target_tokens is not None:
             parts.append(f"{self.long_references:,} references over {self.max_target_tokens:,} tokens")
-        fate = f"{self.skipped:,} examples skipped" if self.rule == "skip" else "kept, sources to be cut"
+        fate = f"{self.skipped:,} examples skipped"
+        if self.rule == "cut":
+            fate = "kept, sources to be cut"
+        if self.rule == "truncate_left":
+            fate += ", sources cut at their beginning"
         return f"{' and '.join(parts)}: {fate}; {self.kept:,} of {self.read:,} examples left"
 
 
@@ -128,16 +136,45 @@ def limit_lengths(
         raise ValueError(f"max_target_tokens is {max_target_tokens}; it must be 1 or more, or None for no limit.")
     if rule not in ("skip", "cut"):
         raise ValueError(f'the rule for over-long examples is {rule!r}; it must be "skip" or "cut".')
-    long_source = [length > max_source_tokens for length in _lengths((e.source for e in examples), tokenize)]
-    long_reference = [False] * len(examples)
+    references = None
     if max_target_tokens is not None:
-        references = _lengths((e.reference or "" for e in examples), tokenize)
-        long_reference = [
-            e.reference is not None and length > max_target_tokens
-            for e, length in zip(examples, references, strict=True)
-        ]
+        known = _lengths((e.reference or "" for e in examples), tokenize)
+        references = [0 if e.reference is None else n for e, n in zip(examples, known, strict=True)]
+    return limit_token_counts(
+        examples,
+        list(_lengths((e.source for e in examples), tokenize)),
+        references,
+        max_source_tokens=max_source_tokens,
+        max_target_tokens=max_target_tokens,
+        rule=rule,
+    )
+
+
+def limit_token_counts(
+    examples: Sequence[Example],
+    source_tokens: Sequence[int],
+    reference_tokens: Sequence[int] | None,
+    *,
+    max_source_tokens: int,
+    max_target_tokens: int | None,
+    rule: Literal["skip", "cut", "truncate_left"],
+) -> tuple[tuple[Example, ...], LengthReport]:
+    """`limit_lengths` with the tokens of sources and references already counted.
+
+    Under ``"truncate_left"`` the caller cuts the beginning of long sources; long references are left out, since the
+    end of a cut one would be learned as an end.
+
+    Raises:
+        ValueError: nothing is left.
+    """
+    long_source = [count > max_source_tokens for count in source_tokens]
+    long_reference = [False] * len(examples)
+    if max_target_tokens is not None and reference_tokens is not None:
+        long_reference = [count > max_target_tokens for count in reference_tokens]
     kept = tuple(
-        e for e, s, r in zip(examples, long_source, long_reference, strict=True) if rule == "cut" or not (s or r)
+        e
+        for e, s, r in zip(examples, long_source, long_reference, strict=True)
+        if rule == "cut" or not ((s and rule == "skip") or r)
     )
     report = LengthReport(
         read=len(examples),
@@ -149,7 +186,8 @@ def limit_lengths(
         rule=rule,
     )
     if examples and not kept:
-        raise ValueError(f'{report}. Raise the limits, or keep over-long examples with the rule "cut".')
+        remedy = ', or keep over-long examples with the rule "cut"' if rule == "skip" else ""
+        raise ValueError(f"{report}. Raise the limits{remedy}.")
     return kept, report
 
 

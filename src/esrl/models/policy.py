@@ -85,13 +85,20 @@ class Policy(Protocol):
 
     model: nn.Module
     tokenizer: Any
-    start_token: int
     eos_tokens: tuple[int, ...]
     max_length: int
     vocabulary: int
 
     @property
     def device(self) -> torch.device: ...
+
+    def start_tokens(self, prompts: Prompts) -> Tensor:
+        """(P,) the first decoder input of each prompt's samples."""
+        ...
+
+    def room(self, prompts: Prompts) -> Tensor:
+        """(P,) the longest sample, in tokens, that the model's positions allow each prompt."""
+        ...
 
     def encode(self, prompts: Prompts) -> PromptState:
         """Run the prompts once; with a graph when gradients are enabled."""

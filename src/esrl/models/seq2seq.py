@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoConfig, AutoTokenizer, MarianConfig, MarianMTModel
+from transformers import MarianConfig, MarianMTModel
 
 from esrl.algorithm.log_probs import Projection
 from esrl.models.cached_decoder import FrozenMarianDecoder
+from esrl.models.folders import read_config, read_tokenizer, read_weights
+from esrl.models.frozen import merged_linear, twin
 from esrl.models.groups import PromptGroups
 from esrl.models.linear import frozen_linears
 from esrl.models.policy import PromptState
@@ -33,33 +34,45 @@ class MarianPolicy:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model: Any = model
         self.tokenizer = tokenizer
-        config, generation = model.config, model.generation_config
+        plain = self.plain
+        config, generation = plain.config, plain.generation_config
         self.start_token = int(_first_set(generation.decoder_start_token_id, config.decoder_start_token_id))
         eos = _first_set(generation.eos_token_id, config.eos_token_id)
         self.eos_tokens: tuple[int, ...] = tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
         self.max_length = int(config.max_position_embeddings)
-        self.vocabulary = int(model.lm_head.weight.shape[0])
+        self.vocabulary = int(plain.lm_head.weight.shape[0])
         # a Marian policy never says PAD (its generation config forbids it); several-token bad words are evaluation's,
         # and EOS can always be said, whatever the list holds: both as in `generate`
         bad_words = generation.bad_words_ids or []
         suppressed = {config.pad_token_id} | {words[0] for words in bad_words if len(words) == 1}
         self.suppressed = sorted(suppressed - set(self.eos_tokens))
-        for side in (model.get_encoder(), model.model.decoder):
+        for side in (plain.get_encoder(), plain.model.decoder):
             # fixed sinusoids, though Hugging Face makes them parameters
             side.embed_positions.weight.requires_grad_(False)
             # Where the projection is tied to it, an embedding's gradient comes as the rows of its tokens and is added
             # to the projection's: a matrix of its own, (V, D), would be made for each micro-batch.
-            side.embed_tokens.sparse = side.embed_tokens.weight is model.lm_head.weight
+            side.embed_tokens.sparse = side.embed_tokens.weight is plain.lm_head.weight
         self.set_dropout(0.0)
 
     @property
+    def plain(self) -> Any:
+        """Hugging Face's model, adapters injected but not wrapped."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
     def device(self) -> torch.device:
-        device: torch.device = self.model.lm_head.weight.device
+        device: torch.device = self.plain.lm_head.weight.device
         return device
 
     @property
     def pad_token(self) -> int:
-        return int(self.model.config.pad_token_id)
+        return int(self.plain.config.pad_token_id)
+
+    def start_tokens(self, prompts: Prompts) -> Tensor:
+        return torch.full((len(prompts),), self.start_token)
+
+    def room(self, prompts: Prompts) -> Tensor:
+        return torch.full((len(prompts),), self.max_length)
 
     def encode(self, prompts: Prompts) -> PromptState:
         """Encode each prompt once; keys and values of all cross-attentions are computed here and shared."""
@@ -73,7 +86,7 @@ class MarianPolicy:
 
     def _encode(self, prompts: Prompts) -> PromptState:
         mask = prompts.mask.to(self.device)
-        encoder = self.model.get_encoder()
+        encoder = self.plain.get_encoder()
         states = encoder(input_ids=prompts.input_ids.to(self.device), attention_mask=mask).last_hidden_state
         attentions = [layer.encoder_attn for layer in self._layers]
         return PromptState(
@@ -83,10 +96,13 @@ class MarianPolicy:
         )
 
     def frozen_decoder(self) -> FrozenMarianDecoder:
-        return FrozenMarianDecoder(self.model.model.decoder, self.projection())
+        decoder = self.plain.model.decoder
+        if self.plain is not self.model:
+            decoder = twin(decoder, merged_linear)
+        return FrozenMarianDecoder(decoder, self.projection())
 
     def hidden_states(self, state: PromptState, prompt_index: Tensor, inputs: Tensor) -> Tensor:
-        decoder, index = self.model.model.decoder, prompt_index.to(self.device)
+        decoder, index = self.plain.model.decoder, prompt_index.to(self.device)
         positions = decoder.embed_positions.weight[: inputs.shape[1]]
         hidden = decoder.embed_tokens(inputs) * decoder.embed_scale + positions
         hidden = self._drop(hidden, decoder.dropout)
@@ -109,9 +125,9 @@ class MarianPolicy:
         return hidden
 
     def projection(self) -> Projection:
-        bias = self.model.final_logits_bias[0].clone()
+        bias = self.plain.final_logits_bias[0].clone()
         bias[self.suppressed] = -torch.inf
-        return Projection(self.model.lm_head.weight, bias)
+        return Projection(self.plain.lm_head.weight, bias)
 
     def set_dropout(self, rate: float) -> None:
         for module in self.model.modules():
@@ -119,6 +135,8 @@ class MarianPolicy:
                 module.dropout = 0.0 if hasattr(module, "q_proj") else rate  # none on attention weights
             if hasattr(module, "layerdrop"):
                 module.layerdrop = 0.0
+            if isinstance(module, nn.Dropout):  # of adapters
+                module.p = rate
         self.model.train(rate > 0)
 
     def save(self, folder: Path) -> None:
@@ -128,7 +146,7 @@ class MarianPolicy:
 
     @property
     def _layers(self) -> Any:
-        return self.model.model.decoder.layers
+        return self.plain.model.decoder.layers
 
     def _rate(self, rate: float) -> float:
         return rate if self.model.training else 0.0
@@ -198,61 +216,15 @@ def load_policy(path: str | Path, dtype: torch.dtype = torch.float32) -> MarianP
         ValueError: no such folder, another architecture, weights that are not safetensors, damaged or do not fill the
             architecture, or no tokenizer that fits.
     """
-    folder = Path(path)
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise ValueError(f"{path}: no config.json here; give a model folder as save_pretrained writes it.")
-    if not folder.exists() and str(path).count("/") != 1:
-        raise ValueError(f"{path}: no such folder. Give the folder of a Marian-type model, or a hub name owner/name.")
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, "configuration", error) from error
+    kind = "a Marian-type model"
+    config = read_config(path, kind)
     if config.model_type not in SUPPORTED:
         raise ValueError(
             f"{path}: model_type is {config.model_type!r}; supported here: {', '.join(SUPPORTED)}. "
             "Other families are refused rather than trained wrongly."
         )
-    model = _load_weights(path, dtype)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _unreadable(path, "tokenizer", error) from error
-    _check_vocabulary(path, model, tokenizer)
-    return MarianPolicy(model, tokenizer)
-
-
-def _load_weights(path: str | Path, dtype: torch.dtype) -> Any:
-    try:
-        model, report = MarianMTModel.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    except (OSError, SafetensorError) as error:
-        raise _unreadable(path, "safetensors weights", error) from error
-    # where config and weights disagree, Hugging Face would go on with random weights, or without a layer
-    wrong = {str(key) for key in report["missing_keys"]} | {str(key[0]) for key in report["mismatched_keys"]}
-    wrong |= {str(key) for key in report["unexpected_keys"] if ".layers." in str(key)}
-    if wrong:
-        raise ValueError(
-            f"{path}: config.json and the weights do not belong together: {len(wrong)} tensors are missing, left over "
-            f"or of another size, the first is {min(wrong)}. Take both from the same save_pretrained."
-        )
-    return model
-
-
-def _unreadable(path: str | Path, what: str, error: Exception) -> ValueError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return ValueError(
-        f"{path}: no readable {what} ({reason}). Give a Marian-type model as save_pretrained writes it: config.json, "
-        "model.safetensors and the tokenizer's files."
-    )
-
-
-def _check_vocabulary(path: str | Path, model: Any, tokenizer: Any) -> None:
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(
-            f"{path}: the tokenizer has {len(tokenizer)} pieces, the model's vocabulary {model.config.vocab_size}; "
-            "they do not belong together."
-        )
+    model = read_weights(path, MarianMTModel, dtype, kind)
+    return MarianPolicy(model, read_tokenizer(path, model.config.vocab_size, kind))
 
 
 def _first_set(*values: Any) -> Any:

@@ -11,93 +11,46 @@ metrics.jsonl, ``log_extra(column, values)`` a value for each sample into sample
 from __future__ import annotations
 
 import logging
-import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from esrl.errors import RewardError
-from esrl.rewards.process import RaisedInWorker, WorkerFailure, WorkerProcess
-from esrl.rewards.text import BLEU, ChrF, ExactMatch, RougeL
-from esrl.rewards.worker import (
-    GIVEN,
-    ContractError,
-    Parameters,
-    Reply,
-    call_function,
-    describe,
-    load_function,
-    parameters_of,
-)
+from esrl.rewards.combining import Gather, combine
+from esrl.rewards.components import Component, blaming, culprit_of, first_of, make_component
+from esrl.rewards.config import BUILT_IN, METRICS, RewardConfig
+from esrl.rewards.model import RewardModel
+from esrl.rewards.process import WorkerFailure
+from esrl.rewards.worker import GIVEN, Pending, Reply
+
+__all__ = [
+    "BUILT_IN",
+    "METRICS",
+    "RewardConfig",
+    "RewardFunction",
+    "RewardResult",
+    "StepCounts",
+    "build_reward",
+    "required_columns",
+]
 
 logger = logging.getLogger(__name__)
-
-METRICS: dict[str, Callable[[], Any]] = {
-    "bleu": BLEU,
-    "chrf": ChrF,
-    "rouge_l": RougeL,
-    "rouge_l_unicode": partial(RougeL, tokenizer="unicode"),
-    "exact_match": ExactMatch,
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardConfig:
-    """Which reward functions, and what happens when one has nothing to say or hangs."""
-
-    names: tuple[str, ...] = ("bleu",)
-    """``bleu``, ``chrf``, ``rouge_l``, ``exact_match``, ``package.module:name`` or ``path/to/file.py:name``; with
-    several, their weighted sum. The paper trains with BLEU, with ROUGE-L, and with reward models."""
-
-    weights: tuple[float, ...] = ()
-    """One for each name; empty: 1 each."""
-
-    timeout_seconds: float | None = None
-    """Time limit of one call of one function, which then runs in a process of its own (built-in metrics never do). A
-    call that hangs or crashes is tried once more; then its samples abstain. None: no limit, no extra process."""
-
-    max_abstain_share: float = 0.5
-    """The run stops when a larger share of samples abstained, on average over ``abstain_window`` steps. Steps not
-    made yet count as 0, so a few early abstentions do not stop a run; 1 never does."""
-
-    abstain_window: int = 20
-    """Steps over which ``max_abstain_share`` is judged."""
-
-    def __post_init__(self) -> None:
-        if not self.names:
-            raise ValueError(f"names is empty; name at least one reward: {', '.join(METRICS)}, or package.module:name.")
-        for name in self.names:
-            if name not in METRICS and ":" not in name and "." not in name:
-                near = get_close_matches(name, METRICS, n=1, cutoff=0.4)
-                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(METRICS)}"
-                raise ValueError(f"unknown reward {name!r}; {hint} (an own function: package.module:name).")
-            if name.endswith(".py"):
-                raise ValueError(f"reward {name!r} is a file; name the function in it: {name}:function.")
-        if self.weights and len(self.weights) != len(self.names):
-            raise ValueError(f"{len(self.weights)} weights for {len(self.names)} rewards; give one each, or none.")
-        if not all(map(math.isfinite, self.weights)):
-            raise ValueError(f"weights is {self.weights}; every weight must be finite.")
-        if self.timeout_seconds is not None and not 0 < self.timeout_seconds < math.inf:
-            raise ValueError(f"timeout_seconds is {self.timeout_seconds}; it must be above 0, or none.")
-        if not 0 <= self.max_abstain_share <= 1:
-            raise ValueError(f"max_abstain_share is {self.max_abstain_share}; it must lie in [0, 1].")
-        if self.abstain_window < 1:
-            raise ValueError(f"abstain_window is {self.abstain_window}; it must be 1 or more.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardResult:
     """The rewards of one call."""
 
-    values: Tensor  # (R,) float64, the weighted sum; 0 where a function abstained
+    values: Tensor  # (R,) float64, the weighted sum, normalised over this call; 0 where a function abstained
+    raw: Tensor  # (R,) float64, the weighted sum without normalisation: what can be compared from batch to batch
+    scores: Tensor  # (R, F) float64, what each function gave; 0 where it abstained
+    lengths: Tensor  # (R,) int64, tokens of each completion
     abstained: Tensor  # (R,) bool, True where at least one function abstained
-    metrics: dict[str, float]  # from log_metric
+    metrics: dict[str, float]  # from log_metric; of several functions the mean of each, reward_of_NAME
     extra: dict[str, list]  # from log_extra, R values each
 
 
@@ -109,26 +62,16 @@ class StepCounts(NamedTuple):
     failed_tries: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Component:
-    """One reward function, in this process or (``worker``) in its own."""
-
-    name: str
-    weight: float
-    parameters: Parameters
-    call: Callable[[dict[str, Any]], Reply]
-    worker: WorkerProcess | None = None
-
-
 class RewardFunction:
     """The weighted sum of reward functions, held to the contract. Built by ``build_reward``.
 
-    A sample counts as abstained if any function abstains from it, whatever the weights. ``score`` counts into
-    ``counts``, of this process and the step under way, until ``end_step`` takes the step's over. ``close`` ends the
-    worker processes; they also end with this process.
+    Functions with processes of their own and those that are ``async def`` run at the same time as the others. A sample
+    counts as abstained if any function abstains from it, whatever the weights. ``score`` counts into ``counts``, of
+    this process and the step under way, until ``end_step`` takes the step's over; so it is with ``fresh_scores``, what
+    a reward model's cache has learnt. ``close`` ends the worker processes; they also end with this process.
     """
 
-    def __init__(self, components: list[_Component], config: RewardConfig) -> None:
+    def __init__(self, components: list[Component], config: RewardConfig) -> None:
         self._components = components
         self._config = config
         self.counts = StepCounts()
@@ -183,40 +126,92 @@ class RewardFunction:
         for name, values in arguments.items():
             if len(values) != size:
                 raise ValueError(f"{name} has {len(values)} entries for {size} completions.")
-        total = torch.zeros(size, dtype=torch.float64)
+        # Copies: what one function does to its lists is not the next one's concern.
+        own = [{name: list(values) for name, values in arguments.items()} for _ in self._components]
+        replies = self._evaluate([{**given, "trainer_state": dict(trainer_state)} for given in own], completions)
+        scores = torch.zeros(size, len(self._components), dtype=torch.float64)
         abstained = torch.zeros(size, dtype=torch.bool)
         metrics: dict[str, float] = {}
         extra: dict[str, list] = {}
-        for component in self._components if size else ():
-            # Copies: what one function does to its lists is not the next one's concern.
-            own = {name: list(values) for name, values in arguments.items()}
-            reply = self._evaluate(component, {**own, "trainer_state": dict(trainer_state)}, completions)
-            abstained |= torch.tensor([value is None for value in reply.values])
-            total += component.weight * torch.tensor([value or 0.0 for value in reply.values], dtype=torch.float64)
+        for j, reply in enumerate(replies):
+            nothing = torch.tensor([value is None for value in reply.values])
+            scores[:, j] = torch.tensor([value or 0.0 for value in reply.values], dtype=torch.float64)
+            abstained |= nothing
             metrics.update(reply.metrics)
             extra.update(reply.extra)
-        if not bool(total.isfinite().all()):
-            index = int((~total.isfinite()).nonzero()[0])
-            raise RewardError(f"the weighted sum of rewards overflows {_culprit(index, completions)}.")
+            if len(replies) > 1 and not bool(nothing.all()):
+                metrics[self._metric_name(j)] = float(scores[~nothing, j].mean())
+        raw = combine(scores, self._weights(), "none", ~abstained)
+        if not bool(raw.isfinite().all()):
+            index = int((~raw.isfinite()).nonzero()[0])
+            raise RewardError(f"the weighted sum of rewards overflows {culprit_of(index, completions)}.")
         self._count(abstained)
-        return RewardResult(values=total.masked_fill(abstained, 0.0), abstained=abstained, metrics=metrics, extra=extra)
+        return RewardResult(
+            values=self.combined(scores, abstained),
+            raw=raw.masked_fill(abstained, 0.0),
+            scores=scores,
+            lengths=torch.tensor([len(ids) for ids in completion_ids], dtype=torch.int64),
+            abstained=abstained,
+            metrics=metrics,
+            extra=extra,
+        )
 
-    def _evaluate(self, component: _Component, arguments: dict[str, Any], completions: list[str]) -> Reply:
-        """One function's reply; every failure that is not its worker's becomes a ``RewardError``."""
-        first = f"{len(completions)} completions, the first {_short(completions[0])}"
+    def combined(
+        self, scores: Tensor, abstained: Tensor, counts: Tensor | None = None, gather: Gather | None = None
+    ) -> Tensor:
+        """The weighted sum of ``RewardResult.scores``, normalised as configured over these rows.
+
+        Args:
+            counts: (R,) how many samples each row stands for; None: 1.
+            gather: with it the mean and spread are those of all processes, which all must call this then, a process
+                without a row too (with (0, F) scores).
+
+        Returns:
+            (R,) float64, 0 where a function abstained.
+        """
+        weight = (~abstained).to(torch.int64) * (1 if counts is None else counts)
+        total = combine(scores, self._weights(), self._config.normalise, weight, gather)
+        return total.masked_fill(abstained, 0.0)
+
+    def _weights(self) -> Tensor:
+        return torch.tensor(self.weights, dtype=torch.float64)
+
+    def _metric_name(self, index: int) -> str:
+        labels = [component.label for component in self._components]
+        again = labels[:index].count(labels[index])
+        return f"reward_of_{labels[index]}" + (f"_{again + 1}" if again else "")
+
+    def _evaluate(self, arguments: list[dict[str, Any]], completions: list[str]) -> list[Reply]:
+        """Every function's reply: all are begun, those that run here have their turn, the others are waited for."""
+        if not completions:
+            return []
+        pending: dict[int, Pending] = {}
+        try:
+            for index, component in enumerate(self._components):
+                with blaming(component, completions):
+                    pending[index] = component.begin(arguments[index])
+            replies: dict[int, Reply] = {}
+            for index in sorted(pending, key=lambda index: pending[index].runs):
+                begun = pending.pop(index)
+                replies[index] = self._reply(self._components[index], begun, arguments[index], completions)
+            return [replies[index] for index in range(len(self._components))]
+        except BaseException:  # nobody waits for the others then
+            for one in pending.values():
+                one.cancel()
+            raise
+
+    def _reply(
+        self, component: Component, begun: Pending | None, given: dict[str, Any], completions: list[str]
+    ) -> Reply:
+        """One function's reply; a worker that fails is given a second try."""
         for remedy in ("trying once more", f"its {len(completions)} samples abstain"):
             try:
-                return component.call(arguments)
+                with blaming(component, completions):
+                    return (begun or component.begin(given)).wait()
             except WorkerFailure as failure:
+                begun = None
                 self._add(failed_tries=1)
-                logger.warning("reward %r %s; %s (%s)", component.name, failure, remedy, first)
-            except ContractError as error:
-                culprit = f"for {first}" if error.index is None else _culprit(error.index, completions)
-                raise RewardError(f"reward {component.name!r} {str(error).rstrip('.')}, {culprit}.") from error
-            except RaisedInWorker as error:
-                raise RewardError(f"reward {component.name!r} raised {error}, for {first}.") from error
-            except (Exception, SystemExit) as error:
-                raise RewardError(f"reward {component.name!r} raised {describe(error)}, for {first}.") from error
+                logger.warning("reward %r %s; %s (%s)", component.name, failure, remedy, first_of(completions))
         return Reply([None] * len(completions), {}, {})
 
     def _count(self, abstained: Tensor) -> None:
@@ -229,13 +224,29 @@ class RewardFunction:
         old = self.counts
         self.counts = StepCounts(old.samples + samples, old.abstained + abstained, old.failed_tries + failed_tries)
 
-    def end_step(self, counts: StepCounts) -> None:
-        """Take over what a step counted: ``counts``, or the sum of those of all processes.
+    @property
+    def fresh_scores(self) -> dict[str, float]:
+        """What the step under way has added to the reward model's cache on this process; JSON-able."""
+        model = self._model
+        return {} if model is None else dict(model.cache.fresh)
+
+    @property
+    def _model(self) -> RewardModel | None:
+        return next((component.model for component in self._components if component.model is not None), None)
+
+    def end_step(self, counts: StepCounts, fresh_scores: Iterable[Mapping[str, float]] | None = None) -> None:
+        """Take over what a step counted and cached.
+
+        Args:
+            counts: this process's, or the sum of those of all processes.
+            fresh_scores: those of all processes in their order, so that their caches stay the same; None: this one's.
 
         Raises:
             RewardError: too many samples abstained.
         """
         self.counts = StepCounts()
+        if self._model is not None:
+            self._model.cache.commit(fresh_scores)
         self._num_samples += counts.samples
         self._num_abstained += counts.abstained
         self._num_failed_tries += counts.failed_tries
@@ -252,8 +263,9 @@ class RewardFunction:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """The counters of the steps that have ended; JSON-able."""
-        return {
+        """The counters and cached scores of the steps that have ended; JSON-able."""
+        model = {} if self._model is None else {"model": self._model.state_dict()}
+        return model | {
             "abstain_shares": list(self._abstain_shares),
             "num_samples": self._num_samples,
             "num_abstained": self._num_abstained,
@@ -261,7 +273,9 @@ class RewardFunction:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue counting where ``state_dict`` was taken."""
+        """Continue where ``state_dict`` was taken."""
+        if self._model is not None and "model" in state:
+            self._model.load_state_dict(state["model"])
         self.counts = StepCounts()
         self._abstain_shares = deque(state["abstain_shares"], maxlen=self._config.abstain_window)
         self._num_samples = state["num_samples"]
@@ -289,13 +303,10 @@ def build_reward(config: RewardConfig) -> RewardFunction:
     Raises:
         ValueError: a function cannot be found, imported or called by name.
     """
-    components: list[_Component] = []
+    components: list[Component] = []
     try:
         for name, weight in zip(config.names, config.weights or (1.0,) * len(config.names), strict=True):
-            if config.timeout_seconds is None or name in METRICS:
-                components.append(_in_process(name, weight))
-            else:
-                components.append(_in_worker(name, weight, config.timeout_seconds))
+            components.append(make_component(name, weight, config))
     except ValueError:
         RewardFunction(components, config).close()
         raise
@@ -308,28 +319,9 @@ def required_columns(config: RewardConfig) -> tuple[str, ...]:
         return reward.required_columns
 
 
-def _in_process(name: str, weight: float) -> _Component:
-    function = METRICS[name]() if name in METRICS else load_function(name)
-    parameters = parameters_of(function)
-    return _Component(name, weight, parameters, lambda given: call_function(function, parameters.accepted, given))
-
-
-def _in_worker(name: str, weight: float, seconds: float) -> _Component:
-    worker = WorkerProcess(name)
-    return _Component(name, weight, worker.start(), lambda given: worker.call(given, seconds), worker)
-
-
 def _check_no_clash(columns: Iterable[str]) -> None:
     for name in columns:
         if name in GIVEN:
             raise ValueError(
                 f"the data has a column {name!r}, which reward functions know as something else; rename it."
             )
-
-
-def _culprit(index: int, completions: list[str]) -> str:
-    return f"for completion {index} of {len(completions)}: {_short(completions[index])}"
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 60 else text[:60] + "…")

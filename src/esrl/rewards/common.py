@@ -33,6 +33,21 @@ def check_text(text: object, role: str) -> str:
     return text
 
 
+def plain_text(message: object, role: str) -> str:
+    """A text, or the last message's content where it comes as a list of chat messages, as TRL gives chats.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(message, str):
+        return message
+    if isinstance(message, list) and message and isinstance(message[-1], dict):
+        content = message[-1].get("content")
+        if isinstance(content, str):
+            return content
+    raise ValueError(f"a {role} is {message!r:.60}; it must be a text, or a list of chat messages with `content`.")
+
+
 def references_of(reference: object) -> tuple[str, ...]:
     """One or more references of one completion.
 

@@ -10,11 +10,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from typing import Any
 
 from esrl.rewards import worker
-from esrl.rewards.worker import ContractError, Parameters, Reply
+from esrl.rewards.worker import ContractError, Parameters, Pending, Reply
 
 START_SECONDS = 120.0
 """How long the import of a reward function may take; it does not count towards its time limit."""
@@ -79,16 +80,30 @@ class WorkerProcess:
             RaisedInWorker: the function raised.
             ValueError: a new process was needed and could not start, or ``arguments`` are not JSON.
         """
+        return self.begin(arguments, seconds).wait()
+
+    def begin(self, arguments: dict[str, Any], seconds: float) -> Pending:
+        """``call`` in two halves; the time runs from here on. Only one call may be under way.
+
+        Raises:
+            ValueError: as ``call``.
+        """
         if self._process is None:
             self.start()
-        reply = self._exchange({"arguments": arguments, "seconds": seconds}, seconds)
-        if "broken" in reply:
-            raise ContractError(reply["broken"], reply["index"])
-        if "raised" in reply:
-            error = RaisedInWorker(reply["raised"])
-            error.add_note(reply["traceback"])
-            raise error
-        return Reply(**reply)
+        box = self._send({"arguments": arguments, "seconds": seconds})
+        deadline = time.monotonic() + seconds
+
+        def wait() -> Reply:
+            reply = self._receive(box, deadline, seconds)
+            if "broken" in reply:
+                raise ContractError(reply["broken"], reply["index"])
+            if "raised" in reply:
+                error = RaisedInWorker(reply["raised"])
+                error.add_note(reply["traceback"])
+                raise error
+            return Reply(**reply)
+
+        return Pending(wait, self.stop, True)
 
     def stop(self) -> None:
         """Kill the process, if there is one, and leave nothing behind: no zombie, no thread, no open pipe."""
@@ -104,6 +119,10 @@ class WorkerProcess:
                 pipe.close()
 
     def _exchange(self, message: dict[str, Any], seconds: float) -> dict[str, Any]:
+        return self._receive(self._send(message), time.monotonic() + seconds, seconds)
+
+    def _send(self, message: dict[str, Any]) -> queue.SimpleQueue[bytes]:
+        """Begin to send; the answer will be in the box."""
         try:
             line = json.dumps(message).encode("ascii") + b"\n"
         except TypeError as error:
@@ -115,8 +134,13 @@ class WorkerProcess:
         # Writing can block as long as reading: a worker that hangs does not empty its pipe.
         self._thread = threading.Thread(target=_talk, args=(process, line, box), daemon=True)
         self._thread.start()
+        return box
+
+    def _receive(self, box: queue.SimpleQueue[bytes], deadline: float, seconds: float) -> dict[str, Any]:
+        process, thread = self._process, self._thread
+        assert process is not None and thread is not None
         try:
-            answer = box.get(timeout=seconds)
+            answer = box.get(timeout=max(0.0, deadline - time.monotonic()))
             if not answer.endswith(b"\n"):
                 self.stop()
                 raise WorkerFailure(f"died ({_fate(process)})")
@@ -126,7 +150,7 @@ class WorkerProcess:
         except BaseException:  # interrupted: a late answer must not be taken for the next call's
             self.stop()
             raise
-        self._thread.join()
+        thread.join()
         return json.loads(answer)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Protocol
 
@@ -14,7 +16,7 @@ from esrl.rewards.chrf import ChrF
 from esrl.rewards.common import MAX_CHARACTERS, check_text, mean_score, references_of, score_all
 from esrl.rewards.rouge import RougeL
 
-__all__ = ["BLEU", "MAX_CHARACTERS", "ChrF", "ExactMatch", "Metric", "RougeL"]
+__all__ = ["BLEU", "MAX_CHARACTERS", "ChrF", "ExactMatch", "ExactMatchConfig", "Metric", "RougeL"]
 
 
 class Metric(Protocol):
@@ -43,14 +45,35 @@ class Metric(Protocol):
     def __call__(self, completions: list[str], reference: list[str], **columns: Any) -> list[float]: ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExactMatchConfig:
+    """What `exact_match` looks over; white space at both ends never counts."""
+
+    ignore_case: bool = False
+    """Compare case-folded."""
+    ignore_punctuation: bool = False
+    """Compare without punctuation (Unicode's categories P)."""
+    ignore_spaces: bool = False
+    """Any run of white space counts as one space."""
+
+
 class ExactMatch:
-    """1 where the completion is the reference (or one of them), white space at both ends aside; else 0."""
+    """1 where the completion is the reference (or one of them), white space at both ends aside; else 0.
+
+    Args:
+        config: what else is looked over; None: nothing.
+    """
 
     name = "exact_match"
     num_statistics = 2
 
-    def __init__(self) -> None:
-        self.signature = f"nrefs:1|case:mixed|space:trimmed|version:esrl-{metadata.version('esrl')}"
+    def __init__(self, config: ExactMatchConfig | None = None) -> None:
+        self.config = config or ExactMatchConfig()
+        case = "folded" if self.config.ignore_case else "mixed"
+        space = "collapsed" if self.config.ignore_spaces else "trimmed"
+        punctuation = "|punct:removed" if self.config.ignore_punctuation else ""
+        version = metadata.version("esrl")
+        self.signature = f"nrefs:1|case:{case}|space:{space}{punctuation}|version:esrl-{version}"
 
     def statistics(self, completion: str, reference: str | Sequence[str]) -> list[float]:
         """Additive over a corpus: [match, 1].
@@ -62,8 +85,15 @@ class ExactMatch:
 
     def sentence_score(self, completion: str, reference: str | Sequence[str]) -> float:
         """1.0 or 0.0."""
-        found = check_text(completion, "completion").strip()
-        return float(found in [text.strip() for text in references_of(reference)])
+        found = self._normalised(check_text(completion, "completion"))
+        return float(found in [self._normalised(text) for text in references_of(reference)])
+
+    def _normalised(self, text: str) -> str:
+        if self.config.ignore_case:
+            text = text.casefold()
+        if self.config.ignore_punctuation:
+            text = "".join(sign for sign in text if not unicodedata.category(sign).startswith("P"))
+        return " ".join(text.split()) if self.config.ignore_spaces else text.strip()
 
     def corpus_score(self, statistics: NDArray[np.float64]) -> NDArray[np.float64]:
         """The share of matches, in per cent, of (..., 2) summed statistics; 0 for an empty corpus."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import faulthandler
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -50,6 +51,14 @@ class Reply(NamedTuple):
     values: list[float | None]  # None: the function abstains
     metrics: dict[str, float]
     extra: dict[str, list]
+
+
+class Pending(NamedTuple):
+    """A call under way; it is waited for once, or cancelled."""
+
+    wait: Callable[[], Reply]
+    cancel: Callable[[], object]
+    runs: bool  # already; else it runs while it is waited for
 
 
 class TrainerState(dict[str, Any]):
@@ -153,6 +162,11 @@ def call_function(function: Callable[..., Any], accepted: list[str] | None, argu
         ContractError: see ``to_numbers``.
         Exception: whatever the function raises.
     """
+    return begin_call(function, accepted, arguments).wait()
+
+
+def begin_call(function: Callable[..., Any], accepted: list[str] | None, arguments: dict[str, Any]) -> Pending:
+    """``call_function`` in two halves: an ``async def`` runs from here on, anything else when it is waited for."""
     metrics: dict[str, float] = {}
     extra: dict[str, list] = {}
     size = len(arguments["completions"])
@@ -170,26 +184,62 @@ def call_function(function: Callable[..., Any], accepted: list[str] | None, argu
         arguments["trainer_state"] = TrainerState(arguments["trainer_state"])
     if accepted is not None:
         arguments = {name: value for name, value in arguments.items() if name in accepted}
-    values = function(**arguments)
-    if inspect.isawaitable(values):
-        values = _wait_for(values)
-    return Reply(to_numbers(values, size), metrics, extra)
+    future = _submit(function(**arguments)) if _is_async(function) else None
+
+    def wait() -> Reply:
+        values = function(**arguments) if future is None else _result(future)
+        if inspect.isawaitable(values):
+            values = _result(_submit(values))
+        return Reply(to_numbers(values, size), metrics, extra)
+
+    return Pending(wait, lambda: None if future is None else future.cancel(), future is not None)
 
 
-def _wait_for(awaitable: Any) -> Any:
+def _is_async(function: Any) -> bool:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+class _Exit(NamedTuple):
+    """What would end the event loop, carried out of it."""
+
+    error: BaseException
+
+
+def _submit(awaitable: Any) -> Any:
+    """A future of ``awaitable``, which runs on the event loop that all functions of this process share."""
     import asyncio  # here, since it takes longer to import than all the rest
 
     async def wait() -> Any:
-        return await awaitable
+        try:
+            return await awaitable
+        except (SystemExit, KeyboardInterrupt) as error:
+            return _Exit(error)
 
+    return asyncio.run_coroutine_threadsafe(wait(), _event_loop(os.getpid()))
+
+
+def _result(future: Any) -> Any:
     try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(wait())
-    from concurrent.futures import ThreadPoolExecutor
+        values = future.result()
+    except BaseException:  # interrupted: what nobody waits for need not go on
+        future.cancel()
+        raise
+    if isinstance(values, _Exit):
+        raise values.error
+    return values
 
-    with ThreadPoolExecutor(1) as executor:  # in a notebook a loop runs already, and loops do not nest
-        return executor.submit(asyncio.run, wait()).result()
+
+@functools.lru_cache(maxsize=1)
+def _event_loop(pid: int) -> Any:
+    """The loop of this process (a fork has none of its parent's threads), in a thread of its own: the caller's may run
+    a loop already, as in a notebook. It stays, since a client that a function keeps is bound to its loop."""
+    import asyncio
+
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="esrl rewards", daemon=True).start()
+    return loop
 
 
 def to_numbers(values: Any, size: int) -> list[float | None]:

@@ -141,7 +141,8 @@ class EngineSampler:
 
     def limits(self, prompts: Prompts, prompt_index: Tensor) -> Tensor:
         """(R,) longest sample of each row, in tokens."""
-        limits = torch.full_like(prompt_index, self.config.max_new_tokens)
+        room = self.policy.room(prompts)[prompt_index]
+        limits = room.clamp_max(self.config.max_new_tokens)
         if self.config.max_length_ratio is None:
             return limits
         lengths = prompts.mask.sum(1).cpu()[prompt_index].tolist()
@@ -163,9 +164,9 @@ class EngineSampler:
         decoder, projection = request.decoder.start(state, local), request.decoder.projection
         alive = torch.arange(len(local), device=device)
         done = torch.zeros(len(local), dtype=torch.bool, device=device)
-        tokens = torch.full((len(local),), self.policy.start_token, device=device)
+        tokens = self.policy.start_tokens(request.prompts)[rows.prompt].to(device)
         eos = torch.tensor(self.policy.eos_tokens, device=device)
-        cuts = None if config.max_length_ratio is None else limits.to(device)
+        cuts = None if bool((limits == steps).all()) else limits.to(device)
         for position in range(steps):
             hidden = decoder.step(tokens)
             numbers = uniforms[0 if temperature.greedy else position]

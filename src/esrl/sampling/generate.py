@@ -10,29 +10,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esrl.models.causal import CausalPolicy
 from esrl.models.seq2seq import MarianPolicy
 from esrl.types import Prompts
 
 
-def generate_tokens(policy: MarianPolicy, prompts: Prompts, max_new_tokens: int, **options: Any) -> Tensor:
+def generate_tokens(
+    policy: MarianPolicy | CausalPolicy, prompts: Prompts, max_new_tokens: int, **options: Any
+) -> Tensor:
     """(rows, length) new tokens, padded behind the first end-of-sequence; suppressed tokens as in the engine."""
     model = policy.model
+    tokens, mask, start = prompts.input_ids, prompts.mask, 1
+    if isinstance(policy, CausalPolicy):
+        tokens, mask = left_padded(prompts, policy.pad_token)
+        start = tokens.shape[1]
     # forbidden sequences of several tokens belong to evaluation alone (method.md, section 4)
     longer = [words for words in model.generation_config.bad_words_ids or [] if len(words) > 1]
     with torch.no_grad():
         output: Tensor = model.generate(
-            input_ids=prompts.input_ids.to(policy.device),
-            attention_mask=prompts.mask.to(policy.device),
-            max_new_tokens=min(max_new_tokens, policy.max_length),
+            input_ids=tokens.to(policy.device),
+            attention_mask=mask.to(policy.device),
+            max_new_tokens=min(max_new_tokens, int(policy.room(prompts).min())),
             max_length=None,
-            bad_words_ids=[[token] for token in policy.suppressed] + longer,
+            bad_words_ids=[[token] for token in policy.suppressed] + longer or None,
+            pad_token_id=policy.pad_token,
             **options,
         )
-    return output[:, 1:]
+    return output[:, start:]
+
+
+def left_padded(prompts: Prompts, pad_token: int) -> tuple[Tensor, Tensor]:
+    """(P, S) tokens and mask with the padding before each prompt, where Hugging Face's causal models want it."""
+    width = prompts.mask.shape[1]
+    shift = width - prompts.mask.sum(1, keepdim=True)
+    source = torch.arange(width) - shift
+    mask = source >= 0
+    return prompts.input_ids.gather(1, source.clamp_min(0)).masked_fill(~mask, pad_token), mask
 
 
 def generate_texts(
-    policy: MarianPolicy, prompts: Prompts, max_new_tokens: int, beam_size: int, length_penalty: float
+    policy: MarianPolicy | CausalPolicy, prompts: Prompts, max_new_tokens: int, beam_size: int, length_penalty: float
 ) -> list[str]:
     """Beam search, one text per prompt."""
     tokens = generate_tokens(

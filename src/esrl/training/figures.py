@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from esrl.algorithm.advantages import equal_groups
 from esrl.algorithm.allocation import AllocationConfig
 from esrl.algorithm.capability import CapabilityRecord
 from esrl.algorithm.duplicates import num_unique
+from esrl.algorithm.groups import Groups
 from esrl.algorithm.objectives import ObjectiveConfig, mrt_prompts
 from esrl.errors import RewardError
 from esrl.training.planning import Planned, Rewards
@@ -23,6 +25,20 @@ from esrl.types import Prompts, Rollouts
 _LOOP_METRICS = {
     *("step", "epoch", "kind", "loss", "grad_norm", "learning_rate", "seconds_total", "peak_memory_mb"),
     *("skipped", "reason"),
+}
+# and the learner
+_LEARNER_METRICS = {
+    *(
+        "update",
+        "ratio_mean",
+        "clip_low_share",
+        "clip_high_share",
+        "approx_kl",
+        "kl_mean",
+        "kl_per_token",
+        "kl_coefficient",
+    ),
+    *("value_loss", "explained_variance"),
 }
 
 
@@ -73,10 +89,12 @@ def step_metrics(
         "reinforce_prompts": sums["reinforce"],
         "abstained_rows": sums["abstained"],
         "tokens_sampled": sums["tokens"],
+        "length_mean": sums["sample_tokens"] / max(1, total),
+        "equal_reward_share": sums["equal"] / max(1, sums["several"]),
         **{f"seconds_{name}": outcome.seconds.get(name, 0.0) for name in ("sample", "reward", "score")},
     }
     logged = _averaged(rewards, processes)
-    for name in logged.keys() & (own.keys() | _LOOP_METRICS):
+    for name in logged.keys() & (own.keys() | _LOOP_METRICS | _LEARNER_METRICS):
         raise RewardError(f"a reward function logged {name!r}, a name metrics.jsonl has; choose another one.")
     return own | logged
 
@@ -130,12 +148,17 @@ def _sums(outcome: Outcome, objective: ObjectiveConfig, processes: Processes) ->
     """Counts of this step, added up over all processes."""
     planned, drawn, num_samples = outcome.planned, outcome.drawn, outcome.planned.plan.num_samples
     uses_mrt = mrt_prompts(num_samples, objective) & (num_samples > 0)
+    rewards, groups = outcome.rewards, Groups(outcome.rollouts.prompt_index, len(num_samples))
+    number = int(drawn.mask.sum())
     own = {
         "unique": num_unique(drawn),
         "truncated": int((~drawn.finished).sum()),
-        "tokens": int(drawn.mask.sum()) + planned.first_tokens,
+        "tokens": number + planned.first_tokens,
+        "sample_tokens": number,
+        "equal": int(equal_groups(rewards.values, groups, rewards.counts).sum()),
+        "several": int((groups.sum(rewards.counts) > 1).sum()),
         "mrt": int(uses_mrt.sum()),
-        "reinforce": int((~uses_mrt & (num_samples > 0)).sum()),
+        "reinforce": 0 if objective.is_clipped else int((~uses_mrt & (num_samples > 0)).sum()),
         "abstained": int((outcome.rewards.counts == 0).sum()),
         "memory": planned.from_memory,
     }

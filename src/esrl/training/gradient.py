@@ -4,7 +4,7 @@ An objective L is a function of the log-probabilities l of all tokens of all sam
 with c = dL/dl. The coefficients c couple the samples of a prompt; once they are known, nothing else does, and the
 rows run through the model in micro-batches of any size. The prompts are encoded once with a graph that is cut at the
 decoder's view of them (``PromptState``): the micro-batches add up their gradient there, one way back goes through the
-encoder.
+encoder. A critic's values are a second function of the same hidden states, with coefficients dL/dV of their own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from esrl.algorithm.log_probs import MAX_LOGITS, token_log_probs, weighted_log_prob_sum
 from esrl.algorithm.streams import seed_of
@@ -61,11 +61,15 @@ class GradientConfig:
 class StageTwo:
     """Scores complete samples and back-propagates coefficients.
 
+    Args:
+        critic: gives a value for each hidden state, (n, D) -> (n, 1); its gradient goes on into the policy.
+
     ``micro_batch_tokens`` may have been halved by a lack of memory; the smaller size is kept.
     """
 
-    def __init__(self, policy: Policy, config: GradientConfig) -> None:
+    def __init__(self, policy: Policy, config: GradientConfig, critic: nn.Module | None = None) -> None:
         self.policy = policy
+        self.critic = critic
         self.config = config
         cuda = policy.device.type == "cuda"
         self.micro_batch_tokens = config.micro_batch_tokens or (1 << 14 if cuda else 1 << 8)
@@ -90,10 +94,22 @@ class StageTwo:
 
     def log_probs(self, prompts: Prompts, rollouts: Rollouts, temperature: Tensor | None, seed: int) -> Tensor:
         """(R, T) log-probabilities of the samples, without a graph; 0 outside the mask."""
-        return self._retry(lambda: self._log_probs(prompts, rollouts, temperature, seed))
+        return self.scores(prompts, rollouts, temperature, seed)[0]
+
+    def scores(
+        self, prompts: Prompts, rollouts: Rollouts, temperature: Tensor | None, seed: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """(R, T) log-probabilities and, where there is a critic, (R, T) values before each token; 0 elsewhere."""
+        return self._retry(lambda: self._scores(prompts, rollouts, temperature, seed))
 
     def backward(
-        self, prompts: Prompts, rollouts: Rollouts, coefficients: Tensor, temperature: Tensor | None, seed: int
+        self,
+        prompts: Prompts,
+        rollouts: Rollouts,
+        coefficients: Tensor,
+        temperature: Tensor | None,
+        seed: int,
+        value_coefficients: Tensor | None = None,
     ) -> None:
         """Set the parameters' ``grad`` to sum c * dl/dtheta; rows whose coefficients are all 0 cost nothing.
 
@@ -103,55 +119,79 @@ class StageTwo:
             coefficients: (R, T) c = dL/dl.
             temperature: (R,) of the scores, None for 1.
             seed: of dropout; the same seed as in ``log_probs`` replays it.
+            value_coefficients: (R, T) dL/dV of the critic's values.
         """
+        assert value_coefficients is None or self.critic is not None, "values need a critic"
+        modules = [self.policy.model] if self.critic is None else [self.policy.model, self.critic]
 
         def attempt() -> None:
-            for parameter in self.policy.model.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.zero_()
-            self._backward(prompts, rollouts, coefficients, temperature, seed)
+            for module in modules:
+                module.zero_grad(set_to_none=False)
+            self._backward(prompts, rollouts, (coefficients, value_coefficients), temperature, seed)
 
         self._retry(attempt)
 
-    def _log_probs(self, prompts: Prompts, rollouts: Rollouts, temperature: Tensor | None, seed: int) -> Tensor:
-        result = torch.zeros_like(rollouts.log_probs)
+    def _scores(
+        self, prompts: Prompts, rollouts: Rollouts, temperature: Tensor | None, seed: int
+    ) -> tuple[Tensor, Tensor | None]:
+        log_probs = torch.zeros_like(rollouts.log_probs)
+        values = None if self.critic is None else torch.zeros_like(rollouts.log_probs)
         everything = torch.ones(rollouts.num_rows, dtype=torch.bool)
         with torch.no_grad():
             for part in self._parts(prompts, rollouts, everything, seed):
                 for batch in part.batches:
-                    hidden = self._hidden(part, part.state, batch)
-                    values = token_log_probs(
-                        hidden[batch.mask],
-                        batch.targets,
-                        self.policy.projection(),
-                        temperature=batch.per_token(temperature),
-                        max_logits=self.config.max_logits,
+                    hidden = self._hidden(part, part.state, batch)[batch.mask]
+                    batch.put(
+                        log_probs,
+                        token_log_probs(
+                            hidden,
+                            batch.targets,
+                            self.policy.projection(),
+                            temperature=batch.per_token(temperature),
+                            max_logits=self.config.max_logits,
+                        ),
                     )
-                    block = result.new_zeros(batch.mask.shape)
-                    block[batch.mask] = values.to(result.dtype)
-                    result[batch.rows, : batch.mask.shape[1]] = block
-        return result
+                    if values is not None:
+                        batch.put(values, self._values(hidden))
+        return log_probs, values
+
+    def _values(self, hidden: Tensor) -> Tensor:
+        """(n, D) -> (n,), in the critic's own precision."""
+        assert self.critic is not None
+        result: Tensor = self.critic(hidden.to(next(self.critic.parameters()).dtype))
+        return result[:, 0]
 
     def _backward(
-        self, prompts: Prompts, rollouts: Rollouts, coefficients: Tensor, temperature: Tensor | None, seed: int
+        self,
+        prompts: Prompts,
+        rollouts: Rollouts,
+        derivatives: tuple[Tensor, Tensor | None],
+        temperature: Tensor | None,
+        seed: int,
     ) -> None:
+        coefficients, of_values = derivatives
         # dropout replays a micro-batch's random state, so both passes must then see the same micro-batches
         useful = (coefficients != 0).any(1).cpu() | bool(self.config.dropout)
+        if of_values is not None:
+            useful |= (of_values != 0).any(1).cpu()
         for part in self._parts(prompts, rollouts, useful, seed):
             leaves = tuple(tensor.detach().requires_grad_(tensor.requires_grad) for tensor in part.state.tensors)
             cut = part.state.with_tensors(leaves)
             for batch in part.batches:
-                hidden = self._hidden(part, cut, batch)
-                weights = coefficients[batch.rows, : batch.mask.shape[1]].to(self.policy.device)[batch.mask]
-                weighted_log_prob_sum(
-                    hidden[batch.mask],
+                hidden = self._hidden(part, cut, batch)[batch.mask]
+                total = weighted_log_prob_sum(
+                    hidden,
                     batch.targets,
-                    weights,
+                    batch.take(coefficients),
                     self.policy.projection(),
                     temperature=batch.per_token(temperature),
                     max_logits=self.config.max_logits,
                     accumulate=True,
-                ).backward()
+                )
+                if of_values is not None:
+                    values = self._values(hidden)
+                    total = total + (batch.take(of_values).to(values.dtype) * values).sum()
+                total.backward()
             reached = [i for i, leaf in enumerate(leaves) if leaf.grad is not None]
             if reached:
                 torch.autograd.backward([part.state.tensors[i] for i in reached], [leaves[i].grad for i in reached])
@@ -171,12 +211,15 @@ class StageTwo:
             members = used[start : start + size]
             if self.config.dropout:
                 torch.manual_seed(seed_of("encoder", seed, number))
-            state = self.policy.encode(prompts.select(members.tolist()))
+            chosen = prompts.select(members.tolist())
+            state = self.policy.encode(chosen)
             mine = selected[(owner >= members[0]) & (owner <= members[-1])]
-            batches = self._micro_batches(rollouts, mine, members)
+            batches = self._micro_batches(rollouts, mine, members, self.policy.start_tokens(chosen))
             yield _Part(state, batches, seed_of(seed, number))
 
-    def _micro_batches(self, rollouts: Rollouts, rows: Tensor, members: Tensor) -> Iterator[_MicroBatch]:
+    def _micro_batches(
+        self, rollouts: Rollouts, rows: Tensor, members: Tensor, start_tokens: Tensor
+    ) -> Iterator[_MicroBatch]:
         """Rows sorted by length, packed until rows * longest reaches the limit."""
         lengths = rollouts.lengths.cpu()[rows]
         order = torch.argsort(lengths, descending=True, stable=True)
@@ -185,19 +228,22 @@ class StageTwo:
         while start < len(rows):
             width = int(lengths[start])
             end = start + max(1, self.micro_batch_tokens // max(1, width))
-            yield self._micro_batch(rollouts, rows[start:end], width, members, number)
+            chosen = rows[start:end]
+            owner = torch.searchsorted(members, rollouts.prompt_index[chosen])
+            yield self._micro_batch(rollouts, chosen, width, (owner, start_tokens.cpu()[owner]), number)
             start, number = end, number + 1
 
-    def _micro_batch(self, rollouts: Rollouts, rows: Tensor, width: int, members: Tensor, number: int) -> _MicroBatch:
-        device = self.policy.device
+    def _micro_batch(
+        self, rollouts: Rollouts, rows: Tensor, width: int, origin: tuple[Tensor, Tensor], number: int
+    ) -> _MicroBatch:
+        device, (owner, first) = self.policy.device, origin
         tokens = rollouts.tokens[rows, :width].to(device)
         mask = rollouts.mask[rows, :width].to(device)
-        start = torch.full_like(tokens[:, :1], self.policy.start_token)
         return _MicroBatch(
             number=number,
             rows=rows,
-            prompt_index=torch.searchsorted(members, rollouts.prompt_index[rows]).to(device),
-            inputs=torch.cat([start, tokens[:, :-1]], 1),
+            prompt_index=owner.to(device),
+            inputs=torch.cat([first[:, None].to(device, tokens.dtype), tokens[:, :-1]], 1),
             mask=mask,
             targets=tokens[mask],
         )
@@ -233,6 +279,16 @@ class _MicroBatch:
         if values is None:
             return None
         return values[self.rows].to(self.mask.device)[:, None].expand(self.mask.shape)[self.mask]
+
+    def take(self, values: Tensor) -> Tensor:
+        """(R, T) -> (n,): the values of these rows' real tokens."""
+        return values[self.rows, : self.mask.shape[1]].to(self.mask.device)[self.mask]
+
+    def put(self, result: Tensor, values: Tensor) -> None:
+        """Write (n,) values to the places of these rows' real tokens in (R, T)."""
+        block = result.new_zeros(self.mask.shape)
+        block[self.mask] = values.to(result.dtype)
+        result[self.rows, : self.mask.shape[1]] = block
 
 
 @dataclass(frozen=True, slots=True)

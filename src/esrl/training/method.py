@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from esrl.algorithm.allocation import AllocationConfig
 from esrl.algorithm.baselines import BaselineConfig
@@ -25,6 +26,12 @@ class StepConfig:
     """Longer sources are left out, counted and reported."""
     logged_prompts: int = 20
     """samples.jsonl follows this many prompts through all epochs."""
+    updates_per_batch: int = 1
+    """Passes over a batch of samples before the next is drawn; each ends in an optimizer update, or in several."""
+    minibatches: int = 1
+    """Parts of a pass, each with an optimizer update of its own. A step of `max_steps` is one such update."""
+    minibatch_of: Literal["prompts", "samples"] = "prompts"
+    """Whether a pass is split by prompts, with all their samples, or by samples."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -33,6 +40,16 @@ class StepConfig:
             raise ValueError(f"duplicates is {self.duplicates!r}; choose merge, keep or drop.")
         if self.max_source_tokens < 1 or self.logged_prompts < 0:
             raise ValueError("max_source_tokens must be 1 or more and logged_prompts 0 or more.")
+        for name in ("updates_per_batch", "minibatches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+        if self.minibatch_of not in ("prompts", "samples"):
+            raise ValueError(f"minibatch_of is {self.minibatch_of!r}; choose prompts or samples.")
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer updates from one batch of samples."""
+        return self.updates_per_batch * self.minibatches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,9 +89,47 @@ def check_parts(method: Method, step: StepConfig, gradient: GradientConfig, weig
             'gradient kind "graph" scores every sample it has drawn, so duplicates cannot be "drop"; '
             'use kind "two_stage", or duplicates "merge".'
         )
-    mapped = capability.capability_map != "identity" or capability.contrast != "none"
-    if method.allocation.needs_capability and capability.estimator == "metric" and not mapped and min(weights) < 0:
+    _check_updates(method.objective, step, gradient)
+    _check_baseline(method)
+    mapped = capability.mapping != "identity" or capability.contrast != "none"
+    estimated = capability.estimator in ("metric", "reward")
+    if method.allocation.needs_capability and estimated and not mapped and min(weights) < 0:
         raise ValueError(
             f"reward.weights holds {min(weights)}, so that capabilities may be negative, and eq. 8 takes none; "
             'set capability.capability_map = "sigmoid_z" or "rank".'
+        )
+
+
+def _check_updates(objective: ObjectiveConfig, step: StepConfig, gradient: GradientConfig) -> None:
+    if step.num_updates == 1:
+        return
+    several = f"updates_per_batch is {step.updates_per_batch} and minibatches {step.minibatches}"
+    if gradient.kind == "graph":
+        raise ValueError(
+            f'{several}, but gradient kind "graph" has the graph of one update; use kind "two_stage", or one update.'
+        )
+    if gradient.dropout:
+        raise ValueError(
+            f"{several}, and gradient.dropout is {gradient.dropout}: ratios to the sampling policy would be those of "
+            "dropout masks. Set dropout to 0, or take one update."
+        )
+    if not objective.is_clipped and not objective.importance_weights:
+        raise ValueError(
+            f"{several}, but objective {objective.kind!r} takes samples for the policy's own, which they are not after "
+            "the first update; set objective.importance_weights, use grpo, rloo or ppo, or take one update."
+        )
+    if not objective.is_clipped and step.minibatches > 1 and step.minibatch_of == "samples":
+        raise ValueError(
+            f'minibatch_of is "samples", but objective {objective.kind!r} couples the samples of a prompt; '
+            'use "prompts".'
+        )
+
+
+def _check_baseline(method: Method) -> None:
+    """GRPO and RLOO are what their baseline makes them; PPO has its critic."""
+    needed = {"grpo": "prompt_mean", "rloo": "leave_one_out", "ppo": "none"}.get(method.objective.kind)
+    if needed is not None and method.baseline.kind != needed:
+        raise ValueError(
+            f"objective {method.objective.kind!r} needs baseline.kind {needed!r}, but it is {method.baseline.kind!r}; "
+            f"method = {method.objective.kind!r} sets both."
         )

@@ -94,7 +94,9 @@ def mapped_capability(
     known = ~torch.isnan(scores)
     mapped = torch.zeros_like(scores)
     if bool(known.any()):
-        of_known = map_capability(scores[known], config.capability_map, queue.mean(), queue.std())
+        # while the queue is empty the step's own scores say what is usual
+        usual = queue if queue.values else _queue_of(scores[known])
+        of_known = map_capability(scores[known], config.mapping, usual.mean(), usual.std())
         mapped[known] = of_known
         mapped[~known] = of_known.mean()
     mapped = contrast(mapped, config.contrast)
@@ -106,3 +108,9 @@ def mapped_capability(
             "--capability.capability-map sigmoid_z --accept-changes capability.capability_map."
         )
     return mapped
+
+
+def _queue_of(scores: Tensor) -> RewardQueue:
+    queue = RewardQueue(max(1, len(scores)))
+    queue.push(scores.tolist())
+    return queue

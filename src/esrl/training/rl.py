@@ -13,25 +13,29 @@ import torch
 from torch import Tensor
 
 from esrl.algorithm.allocation import AllocationConfig, allocate
-from esrl.algorithm.baselines import RewardQueue, baseline_values
+from esrl.algorithm.baselines import RewardQueue
 from esrl.algorithm.capability import CapabilityMemory, CapabilityRecord
 from esrl.algorithm.duplicates import handle_duplicates
 from esrl.algorithm.groups import Groups
-from esrl.algorithm.objectives import RewardedSamples, coefficients, objective_loss
-from esrl.algorithm.streams import plan_uniforms, seed_of
+from esrl.algorithm.streams import plan_uniforms
 from esrl.data.batching import make_prompts, shuffled_batches
 from esrl.data.examples import Example
 from esrl.errors import RewardError
 from esrl.evaluation.development import Development
+from esrl.models.causal import CausalPolicy
 from esrl.models.seq2seq import MarianPolicy
 from esrl.rewards.calling import RewardFunction, StepCounts
-from esrl.sampling.engine import EngineSampler, SamplingConfig, check_log_probs
+from esrl.sampling.engine import EngineSampler, SamplingConfig
 from esrl.sampling.graph import sample_with_graph
+from esrl.training.critic import keeping_states, trained_modules, value_head
+from esrl.training.experience import Experience, pack_experience, unpack_experience
 from esrl.training.figures import Outcome, sample_lines, step_metrics
 from esrl.training.gradient import GradientConfig, StageTwo
+from esrl.training.learning import Fixed, Graph, Learner, Learnt, Sampled
 from esrl.training.method import Method, StepConfig, check_parts
 from esrl.training.planning import Planned, Rewards, capability_records, capability_scores, mapped_capability
 from esrl.training.processes import Processes
+from esrl.training.reference import Reference, frozen_reference
 from esrl.training.task import Update, export_folder
 from esrl.types import Prompts, Rollouts, SamplingPlan
 
@@ -46,6 +50,8 @@ class RLTask:
         examples: training prompts; the reward's columns with them.
         development: scored by the loop every so often.
         seed: of the run; every draw is a function of (seed, epoch, example id, sample).
+        reference: the policy to stay close to; None: a frozen copy of this one as it is now, where
+            ``objective.kl_coefficient`` is above 0.
 
     Raises:
         ValueError: parts that do not go together.
@@ -53,7 +59,7 @@ class RLTask:
 
     def __init__(  # noqa: PLR0913 - the composition root hands over every part
         self,
-        policy: MarianPolicy,
+        policy: MarianPolicy | CausalPolicy,
         examples: Sequence[Example],
         method: Method,
         step: StepConfig,
@@ -62,9 +68,9 @@ class RLTask:
         reward: RewardFunction,
         development: Development,
         seed: int,
+        reference: Reference | None = None,
     ) -> None:
         self.policy = policy
-        self.model = policy.model
         self.examples = examples
         self.method = method.resolved()
         check_parts(self.method, step, gradient, reward.weights)
@@ -75,32 +81,62 @@ class RLTask:
         self.processes = Processes()
         self.sampler = EngineSampler(policy, sampling, seed)
         policy.set_dropout(gradient.dropout)
-        self.stage_two = StageTwo(policy, gradient)
+        critic = value_head(policy) if method.objective.kind == "ppo" else None
+        self.model = trained_modules(policy, critic)
+        self.stage_two = StageTwo(policy, gradient, critic)
+        if reference is None and method.objective.kl_coefficient > 0:
+            reference = frozen_reference(policy, gradient)
+        limit = sampling.max_new_tokens
+        self.learner = Learner(self.method, step, self.stage_two, reference, limit, seed, self.processes)
         self.memory = CapabilityMemory()
         self.queue = RewardQueue(method.baseline.queue_size)
         self.logged = set(sorted(example.id for example in examples)[: step.logged_prompts])
         self._seconds: dict[str, float] = defaultdict(float)
         self._reward_state = reward.state_dict()
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
+        self._experience: Experience | None = None  # of the batch that further updates learn from
+        self._packed: list[dict[str, Any]] | None = None  # the same of every process, for the checkpoint
 
     def num_batches(self, epoch: int) -> int:
+        """Optimizer updates in an epoch."""
+        return self.num_sample_batches * self.config.num_updates
+
+    @property
+    def num_sample_batches(self) -> int:
+        """Batches of prompts in an epoch."""
         return math.ceil(len(self.examples) / self.config.batch_size)
 
     def compute(self, epoch: int, batch: int) -> Update:
-        """One step of the paper, without side effects on memory, queue or parameters."""
+        """One update: of a new batch of samples, or one more of the batch before; without side effects on memory, queue
+        or parameters."""
         self._seconds = defaultdict(float)
+        batch, update = divmod(batch, self.config.num_updates)
+        if update and self._experience is not None and self._experience.is_of(epoch, batch):
+            return self._learn_again(self._experience, update)
+        return self._sample_and_learn(epoch, batch, update)
+
+    def _sample_and_learn(self, epoch: int, batch: int, update: int) -> Update:
+        """One step of the paper. ``update`` is above 0 where the batch's earlier ones were skipped."""
         self.reward.load_state_dict(self._reward_state)  # an interrupted step may have counted already
         prompts = self.prompts(epoch, batch)
         planned = self._plan(prompts, epoch, batch)  # eq. 8, eq. 9
-        drawn, graph = self._sample(prompts, planned.plan, epoch)  # stage one
+        drawn, graph = self._draw(prompts, planned.plan, epoch)  # stage one
         rollouts, counts = handle_duplicates(drawn, self.config.duplicates if graph is None else "keep")
         rewards = self._rewards(prompts, rollouts, counts, epoch, batch)
         self._count_abstentions()
         queue = self.queue.copy()
         queue.push(self.processes.gather(rewards.values.repeat_interleave(rewards.counts).tolist()))
-        samples = self._rewarded(rollouts, rewards, planned.plan, queue)
         records = self._records(prompts, rollouts, rewards, epoch)  # eq. 6, eq. 7
-        loss = self._accumulate(prompts, rollouts, samples, planned.plan, graph, epoch)  # eq. 3, 4, 5; stage two
+        sampled = Sampled(
+            epoch=epoch,
+            batch=batch,
+            prompts=prompts,
+            plan=planned.plan,
+            rollouts=rollouts,
+            rewards=rewards,
+            graph=graph,
+        )
+        fixed, learnt = self._learn(sampled, queue, update)  # eq. 3, 4, 5; stage two
         outcome = Outcome(
             prompts=prompts,
             planned=planned,
@@ -111,10 +147,13 @@ class RLTask:
             seconds=self._seconds,
         )
         metrics = step_metrics(outcome, self.method.allocation, self.method.objective, self.processes)
-        return Update(loss, float(len(prompts)), metrics, self._committing(outcome, queue, epoch))
+        metrics |= fixed.metrics | learnt.metrics
+        left = fixed.experience if update + 1 < self.config.num_updates else None
+        committing = self._committing(outcome, queue, epoch, fixed.kl_coefficient, left)
+        return Update(learnt.loss, learnt.denominator, metrics, committing)
 
     def prompts(self, epoch: int, batch: int) -> Prompts:
-        """This process's share of a step's prompts."""
+        """This process's share of a batch of prompts; ``batch`` counts those, not the updates from them."""
         if self._epoch[0] != epoch:
             self._epoch = (epoch, shuffled_batches(len(self.examples), self.config.batch_size, self.seed, epoch))
         indices = self._epoch[1][batch]
@@ -134,6 +173,8 @@ class RLTask:
             "queue": self.queue.state_dict(),
             "reward": self._reward_state,
             "micro_batch_tokens": self.stage_two.micro_batch_tokens,
+            "kl_coefficient": self.learner.kl_coefficient,
+            "experience": self._packed,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -141,6 +182,21 @@ class RLTask:
         self.queue.load_state_dict(state["queue"])
         self._reward_state = state["reward"]
         self.stage_two.shrink(state["micro_batch_tokens"])
+        self.learner.kl_coefficient = state.get("kl_coefficient", self.learner.kl_coefficient)
+        self._packed = state.get("experience")
+        self._experience = self._unpacked()
+
+    def _unpacked(self) -> Experience | None:
+        """This process's part of the samples that the run was learning from."""
+        if self._packed is None:
+            return None
+        if len(self._packed) != self.processes.size:
+            raise ValueError(
+                f"the checkpoint was saved by {len(self._packed)} processes between two updates from one batch of "
+                f"samples, and there are {self.processes.size} now; resume with {len(self._packed)}."
+            )
+        packed = self._packed[self.processes.rank]
+        return unpack_experience(packed, self.prompts(packed["epoch"], packed["batch"]), self.policy.device)
 
     def capability(self, prompts: Prompts, epoch: int, batch: int) -> tuple[Tensor, int]:
         """(P,) Cap_x before any mapping, as recorded or, not known, by a greedy decode (NaN where its reward abstains);
@@ -183,16 +239,25 @@ class RLTask:
         own = SamplingPlan(num_samples=plan.num_samples[mine], temperature=plan.temperature[mine])
         return own, everyone[mine]
 
-    def _committing(self, outcome: Outcome, queue: RewardQueue, epoch: int) -> Callable[[], list[dict[str, Any]]]:
-        """What commits a step; whatever can fail, the other processes included, is done by now."""
+    def _committing(
+        self, outcome: Outcome, queue: RewardQueue, epoch: int, kl_coefficient: float, left: Experience | None
+    ) -> Callable[[], list[dict[str, Any]]]:
+        """What commits a step; whatever can fail, the other processes included, is done by now.
+
+        Args:
+            left: the samples, if further updates are to learn from them.
+        """
         gather, first = self.processes.gather, outcome.planned.first
         ids = gather(list(outcome.prompts.example_ids))
         records = gather([record or first.get(i) for i, record in enumerate(outcome.records)])
         lines = gather(sample_lines(outcome, self.logged, epoch))
         reward_state = self.reward.state_dict()
+        packed = None if left is None else gather([pack_experience(left)])
 
         def commit() -> list[dict[str, Any]]:
             self.queue = queue
+            self.learner.kl_coefficient = kl_coefficient
+            self._experience, self._packed = left, packed
             self._reward_state = reward_state
             self.memory.write(ids, records)
             return lines
@@ -241,12 +306,20 @@ class RLTask:
         first = {i: record for i, record in zip(missing, records, strict=True) if record is not None}
         return first, int(greedy.mask.sum())
 
-    def _sample(self, prompts: Prompts, plan: SamplingPlan, epoch: int) -> tuple[Rollouts, Tensor | None]:
-        """Stage one; the conventional step also returns the log-probabilities with their graph."""
+    def _draw(self, prompts: Prompts, plan: SamplingPlan, epoch: int) -> tuple[Rollouts, Graph | None]:
+        """Stage one; the conventional step also returns what it keeps with its graph."""
+        at_sampling = self.method.objective.score_temperature == "sampling"
         with self._clock("sample"):
-            if self.stage_two.config.kind == "graph":
-                return sample_with_graph(self.policy, prompts, plan, self.sampler, epoch, self._scores_at_sampling)
-            return self.sampler.sample(prompts, plan, epoch, self.method.capability.records), None
+            if self.stage_two.config.kind == "two_stage":
+                return self.sampler.sample(prompts, plan, epoch, self.method.capability.records), None
+            if self.stage_two.critic is None:
+                drawn, log_probs = sample_with_graph(self.policy, prompts, plan, self.sampler, epoch, at_sampling)
+                return drawn, Graph(log_probs=log_probs)
+            watched, states = keeping_states(self.policy)
+            drawn, log_probs = sample_with_graph(watched, prompts, plan, self.sampler, epoch, at_sampling)
+            width = self.policy.projection().weight.shape[1]
+            kept = torch.stack(states, 1) if states else log_probs.new_zeros(*log_probs.shape, width)
+            return drawn, Graph(log_probs=log_probs, states=kept)
 
     def _rewards(self, prompts: Prompts, rollouts: Rollouts, counts: Tensor, epoch: int, batch: int) -> Rewards:
         if rollouts.num_rows == 0:  # a process without a share of this batch
@@ -255,7 +328,8 @@ class RLTask:
         columns = {name: [values[i] for i in owner] for name, values in prompts.columns.items()}
         lengths = rollouts.lengths.tolist()
         ids = [row[:length] for row, length in zip(rollouts.tokens.tolist(), lengths, strict=True)]
-        state = {"global_step": epoch * self.num_batches(epoch) + batch, "epoch": epoch}
+        step = (epoch * self.num_sample_batches + batch) * self.config.num_updates
+        state = {"global_step": step, "epoch": epoch}
         with self._clock("reward"):
             result = self.reward.score(columns["source"], list(rollouts.texts), ids, columns, state)
         values = torch.where(result.abstained, 0.0, result.values.to(torch.float64))
@@ -270,21 +344,6 @@ class RLTask:
                 raise RewardError(f"a reward function logged {name!r} as {value}; log finite numbers only.")
         return Rewards(values, torch.where(result.abstained, 0, counts), dict(result.metrics), result.extra)
 
-    def _rewarded(
-        self, rollouts: Rollouts, rewards: Rewards, plan: SamplingPlan, queue: RewardQueue
-    ) -> RewardedSamples:
-        groups = Groups(rollouts.prompt_index, len(plan.num_samples))
-        baseline = baseline_values(self.method.baseline.kind, rewards.values, groups, rewards.counts, queue)
-        return RewardedSamples(
-            mask=rollouts.mask.cpu(),
-            groups=groups,
-            counts=rewards.counts,
-            rewards=rewards.values,
-            baseline=baseline,
-            sampling_log_probs=rollouts.sampling_log_probs.cpu(),
-            planned=plan.num_samples,
-        )
-
     def _records(
         self, prompts: Prompts, rollouts: Rollouts, rewards: Rewards, epoch: int, *, greedy: bool = False
     ) -> list[CapabilityRecord | None]:
@@ -293,43 +352,30 @@ class RLTask:
         scores = capability_scores(rollouts, rewards, groups, self.method.capability, self.policy.vocabulary)
         return capability_records(prompts.example_ids, scores, rewards, groups, epoch, greedy=greedy)
 
-    @property
-    def _scores_at_sampling(self) -> bool:
-        return self.method.objective.score_temperature == "sampling"
-
-    def _accumulate(
-        self,
-        prompts: Prompts,
-        rollouts: Rollouts,
-        samples: RewardedSamples,
-        plan: SamplingPlan,
-        graph: Tensor | None,
-        epoch: int,
-    ) -> float:
-        """Add the step's gradient to the parameters (stage two); returns the summed loss."""
-        if rollouts.num_rows == 0:
-            return 0.0
+    def _learn(self, sampled: Sampled, queue: RewardQueue, update: int) -> tuple[Fixed, Learnt]:
+        """Fix what the batch's updates have in common, and add the gradient of the first one (stage two)."""
         with self._clock("score"):
-            if graph is not None:
-                total = objective_loss(graph.cpu(), samples, self.method.objective)  # where the samples are
-                if total.requires_grad:
-                    total.backward()
-                return float(total.detach())
-            temperature = plan.temperature[rollouts.prompt_index] if self._scores_at_sampling else None
-            seed = seed_of("stage two", self.seed, epoch, *prompts.example_ids[:1])
             size = self.stage_two.micro_batch_tokens
-            if self.stage_two.rescores:
-                log_probs = self.stage_two.log_probs(prompts, rollouts, temperature, seed).cpu()
-                check_log_probs(log_probs, rollouts.prompt_index, prompts)
-            else:
-                log_probs = (rollouts.sampling_log_probs if self._scores_at_sampling else rollouts.log_probs).cpu()
-            loss, gradient = coefficients(log_probs, samples, self.method.objective)
-            self.stage_two.backward(prompts, rollouts, gradient, temperature, seed)
+            fixed = self.learner.fix(sampled, queue)
+            learnt = self.learner.update(fixed.experience, update, is_new=True, graph=sampled.graph)
         if self.stage_two.config.dropout and self.stage_two.micro_batch_tokens != size:
             # memory ran out on the way: other micro-batches, other dropout masks than the coefficients came from
             self.model.zero_grad(set_to_none=True)
-            return self._accumulate(prompts, rollouts, samples, plan, graph, epoch)
-        return float(loss)
+            return self._learn(sampled, queue, update)
+        return fixed, learnt
+
+    def _learn_again(self, experience: Experience, update: int) -> Update:
+        """Another update from samples that are there."""
+        with self._clock("score"):
+            learnt = self.learner.update(experience, update, is_new=False)
+
+        def commit() -> list[dict[str, Any]]:
+            if update + 1 == self.config.num_updates:
+                self._experience, self._packed = None, None
+            return []
+
+        metrics = {**learnt.metrics, "tokens_sampled": 0, "seconds_score": self._seconds["score"]}
+        return Update(learnt.loss, learnt.denominator, metrics, commit)
 
     @contextmanager
     def _clock(self, name: str) -> Iterator[None]:

@@ -1,0 +1,135 @@
+"""LoRA through PEFT, for both model families: few weights are trained, and without them the model is its own reference.
+
+PEFT is an extra (``pip install esrl[lora]``); nothing else here imports it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from esrl.models.causal import CausalPolicy
+from esrl.models.seq2seq import MarianPolicy
+
+AnyPolicy = TypeVar("AnyPolicy", bound=MarianPolicy | CausalPolicy)
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraSettings:
+    """Low-rank adapters (Hu et al. 2022)."""
+
+    rank: int = 8
+    """Rank of each adapter."""
+    alpha: float = 32.0
+    """Its scale: the product of the two matrices counts alpha / rank."""
+    target_modules: tuple[str, ...] = ()
+    """Names of the layers that get one; empty: all linear layers but the vocabulary projection."""
+    modules_to_save: tuple[str, ...] = ()
+    """Names of modules that are trained whole and saved with the adapters."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"lora rank is {self.rank}; it must be 1 or more.")
+        if not self.alpha > 0:
+            raise ValueError(f"lora alpha is {self.alpha}; it must be above 0.")
+        if "lm_head" in self.target_modules:
+            raise ValueError(
+                "lora target_modules names lm_head, whose gradient is added up directly; name it in modules_to_save "
+                "instead, which trains it whole."
+            )
+
+
+def add_adapter(policy: AnyPolicy, settings: LoraSettings) -> AnyPolicy:
+    """A policy whose adapters alone are trained; dropout is the policy's, as elsewhere.
+
+    The policy that was given is used up: its layers now carry the adapters.
+
+    Raises:
+        ValueError: PEFT is missing, or a target module is not there.
+    """
+    peft = _peft()
+    config = peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        target_modules=list(settings.target_modules) or "all-linear",
+        modules_to_save=list(settings.modules_to_save) or None,
+        # a module of its own even at rate 0, so that ``set_dropout`` finds it
+        lora_dropout=0.1,
+        task_type="SEQ_2_SEQ_LM" if isinstance(policy, MarianPolicy) else "CAUSAL_LM",
+    )
+    if has_adapter(policy):
+        raise ValueError("the model has adapters already; merge them first (esrl merge).")
+    return type(policy)(peft.get_peft_model(policy.model, config, autocast_adapter_dtype=False), policy.tokenizer)
+
+
+def has_adapter(policy: MarianPolicy | CausalPolicy) -> bool:
+    """Whether PEFT's adapters are around the model."""
+    return hasattr(policy.model, "peft_config")
+
+
+@contextmanager
+def reference(policy: MarianPolicy | CausalPolicy) -> Iterator[None]:
+    """Inside, the policy is the model it started from: its adapters are off.
+
+    Raises:
+        ValueError: the policy has no adapters, so its start is gone.
+    """
+    if not has_adapter(policy):
+        raise ValueError("without adapters a model is no reference of itself; load a second copy, or train with LoRA.")
+    with policy.model.disable_adapter():
+        yield
+
+
+def load_adapter(folder: str | Path, base: AnyPolicy, trainable: bool = True) -> AnyPolicy:
+    """The base with a folder's adapters around it.
+
+    Raises:
+        ValueError: not an adapter folder, or adapters of another model.
+    """
+    path = Path(folder)
+    if not (path / ADAPTER_CONFIG).is_file():
+        raise ValueError(f"{folder}: no {ADAPTER_CONFIG} here; give a folder of adapters as training saves it.")
+    if not (path / "adapter_model.safetensors").is_file():
+        raise ValueError(f"{folder}: no adapter_model.safetensors here; other formats can run code and are not read.")
+    try:
+        model = _peft().PeftModel.from_pretrained(
+            base.model, str(path), is_trainable=trainable, autocast_adapter_dtype=False
+        )
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: these adapters do not fit the model ({_first_line(error)}).") from error
+    return type(base)(model, base.tokenizer)
+
+
+def base_of(folder: str | Path) -> str:
+    """The model that a folder's adapters belong to, as it was named when they were made."""
+    stored = json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    name = stored.get("base_model_name_or_path")
+    if not name:
+        raise ValueError(f"{folder}: {ADAPTER_CONFIG} names no base_model_name_or_path that the adapters belong to.")
+    return str(name)
+
+
+def merge_adapter(base: MarianPolicy | CausalPolicy, adapter_folder: str | Path, output: str | Path) -> None:
+    """Add a folder's adapters to the base's weights and write a plain model folder."""
+    adapted = load_adapter(adapter_folder, base, trainable=False)
+    # safe_merge: PEFT looks whether the sum is finite
+    merged: Any = adapted.model.merge_and_unload(safe_merge=True)
+    merged.save_pretrained(output)
+    adapted.tokenizer.save_pretrained(output)
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError("adapters need PEFT, which is not installed: pip install 'esrl[lora]'.") from error
+    return peft
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,77 @@
+"""Stage one's own keys and values: pre-allocated, growing, rows that have ended overwritten by the last ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from esrl.models.causal_attention import SharedPrefix
+from esrl.models.policy import PromptState
+
+_FIRST_CAPACITY = 8
+# prompts whose samples have all ended leave the shared state once they are a quarter of it
+_KEEP_PROMPTS = 0.75
+
+
+class OwnKeys:
+    """What R rows have decoded so far, beside the state of their prompts.
+
+    Args:
+        state: the shared prompt state.
+        prompt_index: (R,) int64, each row's prompt.
+        max_length: positions of the model.
+    """
+
+    def __init__(self, state: PromptState, prompt_index: Tensor, max_length: int) -> None:
+        self.state = state
+        self.max_length = max_length
+        self.rows = len(prompt_index)
+        self.position = 0
+        self.device = state.mask.device
+        self.keys = [self._empty(shared) for shared in state.keys]
+        self.values = [self._empty(shared) for shared in state.values]
+        self._place(prompt_index.to(self.device))
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep (R, H, 1, d) keys and values of the present position; gives views of all so far, (R, H, n, d)."""
+        end = self.position + 1
+        keys, values = self.keys[layer][: self.rows, :, :end], self.values[layer][: self.rows, :, :end]
+        keys[:, :, -1:] = key
+        values[:, :, -1:] = value
+        return keys, values
+
+    def positions(self) -> Tensor:
+        """(R,) the present position of each row, the prompt counted; the last one for rows that ended there."""
+        return (self.prefix.start + self.position).clamp_max(self.max_length - 1)
+
+    def reserve(self) -> None:
+        """Double the room where it is full; rows that have ended are left behind."""
+        capacity = self.keys[0].shape[2]
+        if self.position < capacity:
+            return
+        for caches in (self.keys, self.values):
+            for i, old in enumerate(caches):
+                new = old.new_empty(self.rows, old.shape[1], 2 * capacity, old.shape[3])
+                new[:, :, :capacity] = old[: self.rows]
+                caches[i] = new
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows, in this order; only those that change place are copied."""
+        moved = (rows != torch.arange(len(rows), device=self.device)).nonzero()[:, 0]
+        source, used = rows[moved], self.position
+        for cache in (*self.keys, *self.values):
+            cache[moved, :, :used] = cache[source, :, :used]
+        self.rows = len(rows)
+        prompt_index = self.prompt_index[rows]
+        alive, local = torch.unique(prompt_index, return_inverse=True)
+        if len(alive) < _KEEP_PROMPTS * self.state.mask.shape[0]:
+            self.state = self.state.select(alive)
+            prompt_index = local
+        self._place(prompt_index)
+
+    def _place(self, prompt_index: Tensor) -> None:
+        self.prompt_index = prompt_index
+        self.prefix = SharedPrefix(self.state, prompt_index, length=1)
+
+    def _empty(self, shared: Tensor) -> Tensor:
+        return shared.new_empty(self.rows, shared.shape[1], _FIRST_CAPACITY, shared.shape[3])

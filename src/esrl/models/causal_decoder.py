@@ -1,0 +1,66 @@
+"""Stage one for any causal model: Hugging Face's own code, a token at a time, over our cache and frozen weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esrl.algorithm.log_probs import Projection
+from esrl.models.causal_attention import attending
+from esrl.models.causal_cache import OwnKeys
+from esrl.models.frozen import frozen_linear, twin
+from esrl.models.linear import FrozenProjection
+from esrl.models.policy import PromptState
+
+
+class FrozenCausalDecoder:
+    """A causal model's layers as they are now, its linear layers laid out for products with few rows.
+
+    Args:
+        body: Hugging Face's model without its vocabulary projection; it is not changed.
+        projection: of the vocabulary.
+        max_length: positions of the model.
+    """
+
+    @torch.no_grad()
+    def __init__(self, body: nn.Module, projection: Projection, max_length: int) -> None:
+        self.body = twin(body, frozen_linear)
+        self.projection = FrozenProjection(projection)
+        self.max_length = max_length
+
+    def start(self, state: PromptState, prompt_index: Tensor) -> CausalDecoder:
+        return CausalDecoder(self.body, OwnKeys(state, prompt_index, self.max_length))
+
+
+class CausalDecoder:
+    """Decodes rows with a key/value cache, which is also the cache that the model's layers see."""
+
+    def __init__(self, body: Any, own: OwnKeys) -> None:
+        self.body = body
+        self.own = own
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor) -> Tensor:
+        """(R,) last tokens -> (R, D) states for the next ones."""
+        self.own.reserve()
+        with attending(self.body.config, self.own.prefix):
+            output = self.body(
+                input_ids=tokens[:, None],
+                position_ids=self.own.positions()[:, None],
+                past_key_values=self,
+                use_cache=True,
+            )
+        self.own.position += 1
+        hidden: Tensor = output.last_hidden_state[:, 0]
+        return hidden
+
+    def keep(self, rows: Tensor) -> None:
+        self.own.keep(rows)
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return self.own.write(layer, key, value)
+
+    def get_seq_length(self, *_: Any) -> int:
+        return self.own.position
