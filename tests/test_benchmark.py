@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from esrl.benchmark import BenchmarkConfig, run_command
+from esrl.benchmark import language_model as language_module
 from esrl.benchmark import measure as measure_module
 from esrl.benchmark import run as run_module
 from esrl.benchmark import step as step_module
@@ -389,6 +390,38 @@ def test_memory_and_scale_vary_one_thing_at_a_time(monkeypatch: pytest.MonkeyPat
     rows, _ = step_module.scale(["small"], None, meter)
     assert [(row["varied"], row["prompts"], row["rows"]) for row in rows] == [("rows", 16, 32), ("prompts", 4, 8)]
     assert all(row["seconds_per_token"] > 0 for row in rows)
+
+
+def test_a_run_that_is_stopped_keeps_the_sections_it_has_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def stopped(*_: object) -> Any:
+        raise KeyboardInterrupt
+
+    row = {"metric": "bleu"}
+    monkeypatch.setitem(run_module.SECTIONS, "rewards", lambda *_: ([row], [{"contestant": "x", "reason": "y"}]))
+    monkeypatch.setitem(run_module.SECTIONS, "limit", stopped)
+    output = tmp_path / "results.json"
+    output.write_text("an older one")
+    with pytest.raises(KeyboardInterrupt):
+        run_module.benchmark(BenchmarkConfig(only=("rewards", "limit"), output=output))
+    kept = json.loads(output.read_text())
+    assert kept["rewards"] == [row] and "limit" not in kept
+    assert kept["not_run"] == [{"contestant": "x", "reason": "y"}] and kept["machine"]["threads"] >= 1
+    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_a_step_of_grpo_beside_trls(monkeypatch: pytest.MonkeyPatch, meter: Meter):
+    """Real processes on a tiny causal model: the same law of lengths, and samples that end everywhere."""
+    pytest.importorskip("trl")
+    tiny = dataclasses.replace(
+        language_module.MODEL, sizes=Preset(width=32, layers=2, heads=2, inner_width=48), vocabulary=300, mean_length=6
+    )
+    monkeypatch.setattr(language_module, "MODEL", tiny)
+    monkeypatch.setattr(language_module, "PROMPT_TOKENS", (5,))
+    rows, not_run = language_module.language_model([], (4,), meter)
+    assert not not_run
+    assert [row["contestant"] for row in rows] == ["esrl", "trl"]
+    assert all(row["lengths_agree"] and 3 < row["mean_length"] < 9 for row in rows)
+    assert all(row["tokens_per_second"]["median"] > 0 for row in rows)
 
 
 def test_rewards_agree_with_the_libraries(meter: Meter):

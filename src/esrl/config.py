@@ -14,9 +14,11 @@ from esrl.algorithm.allocation import AllocationConfig
 from esrl.algorithm.baselines import BaselineConfig
 from esrl.algorithm.capability import CapabilityConfig
 from esrl.algorithm.objectives import ObjectiveConfig
+from esrl.data.encoding import PromptConfig
 from esrl.data.readers import DataConfig
 from esrl.data.tables import is_table_name
 from esrl.evaluation.decode import DecodingConfig
+from esrl.models.adapters import LoraSettings
 from esrl.rewards.calling import RewardConfig
 from esrl.sampling.engine import SamplingConfig
 from esrl.settings import build, merge
@@ -25,6 +27,8 @@ from esrl.training.loop import LoopConfig
 from esrl.training.method import StepConfig
 from esrl.training.mle import LikelihoodConfig
 from esrl.training.optimization import OptimizerConfig
+from esrl.training.reward_model import PairwiseConfig
+from esrl.training.sft import SFTConfig
 
 Config = TypeVar("Config")
 MethodName = Literal["esrl", "reinforce", "mrt", "grpo", "rloo", "ppo"]
@@ -72,10 +76,11 @@ class ModelConfig:
     """What `esrl mle` trains."""
 
     path: str | None = None
-    """A Marian-type folder or hub name to fine-tune; unset: a new model of `preset`."""
-    preset: Literal["tiny", "small", "iwslt", "base", "demo"] = "tiny"
+    """A folder or hub name to fine-tune, Marian-type or causal; unset: a new model of `preset`."""
+    preset: Literal["tiny", "small", "iwslt", "base", "demo", "llama-tiny", "llama-small"] = "tiny"
     """Sizes of a new model: tiny (256 wide, 3+3 layers, inner 512), small (inner 1024: 8 M parameters with 10,000
-    pieces), iwslt (512 wide, 6+6, inner 1024) or base (Vaswani et al.)."""
+    pieces), iwslt (512 wide, 6+6, inner 1024) or base (Vaswani et al.); causal ones are llama-tiny (256 wide, 4 layers,
+    inner 768) and llama-small (384 wide, 6 layers, inner 1152: 14 M parameters with 6,000 pieces)."""
     vocab_size: int = 6000
     """Pieces of the joint BPE trained on the data of a new model."""
     max_length: int = 256
@@ -93,7 +98,8 @@ class DevelopmentConfig:
     data: DataConfig | None = None
     """Where the development examples are."""
     metrics: tuple[str, ...] = ("bleu",)
-    """bleu, chrf, rouge_l, exact_match: each gives `dev_<name>`."""
+    """bleu, chrf, rouge_l, exact_match, gsm8k: each gives `dev_<name>`. A causal model's fine-tuning also gives
+    `dev_log_prob`; with no metric here it decodes nothing and goes by that."""
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     """How they are decoded."""
 
@@ -127,12 +133,18 @@ class RunConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MLEConfig(RunConfig):
-    """`esrl mle`: maximum likelihood, from scratch or from a model folder."""
+    """`esrl mle`: maximum likelihood, from scratch or from a model folder; of causal models, supervised fine-tuning."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """What to train."""
     likelihood: LikelihoodConfig = field(default_factory=LikelihoodConfig)
-    """The loss and its batches."""
+    """The loss of an encoder-decoder, and its batches."""
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+    """How prompts and answers become token ids of a causal model."""
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    """The batches of a causal model."""
+    lora: LoraSettings | None = None
+    """Train low-rank adapters of a causal model folder alone; unset: all weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +152,7 @@ class RLConfig(RunConfig):
     """`esrl rl`: reinforcement learning from a trained model."""
 
     model: str
-    """The Marian-type folder or hub name to start from."""
+    """The folder or hub name to start from, Marian-type or causal."""
     method: MethodName = "esrl"
     """esrl, reinforce, mrt, grpo, rloo or ppo: names for settings of allocation, objective and baseline. A TOML file,
     flags and `esrl.rl_config` fill them in; they may be overridden, but for the objective of all but esrl."""
@@ -160,6 +172,10 @@ class RLConfig(RunConfig):
     """Memory of stage two."""
     reward: RewardConfig = field(default_factory=RewardConfig)
     """What is optimized."""
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+    """How prompts become token ids of a causal model; an answer's limit is sampling.max_new_tokens."""
+    lora: LoraSettings | None = None
+    """Train low-rank adapters alone: the reference policy is then the model without them. Unset: all weights."""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -171,6 +187,22 @@ class RLConfig(RunConfig):
                 f"method {self.method!r} needs objective.kind {kind!r}, but it is {self.objective.kind!r}. Leave "
                 f"objective.kind out; in Python, esrl.rl_config({self.method!r}, ...) sets what the method needs."
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardModelConfig(RunConfig):
+    """`esrl reward-model`: a score for an answer to a prompt, learnt from pairs (data.format = "preferences")."""
+
+    model: str
+    """The folder or hub name to start from: a causal model or an encoder, which gets a new head, or a reward model."""
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+    """How prompts and answers become token ids."""
+    reward_model: PairwiseConfig = field(default_factory=PairwiseConfig)
+    """The loss and its batches."""
+    development: DevelopmentConfig = field(default_factory=lambda: DevelopmentConfig(metrics=()))
+    """Development pairs (`data`); nothing is decoded."""
+    training: LoopConfig = field(default_factory=lambda: LoopConfig(num_epochs=1, metric_for_best_model="dev_accuracy"))
+    """Length of the run (1 epoch, unless num_epochs says otherwise), evaluation, saving."""
 
 
 def rl_config(method: str, **values: Any) -> RLConfig:
@@ -226,6 +258,8 @@ def _learning(config: RLConfig) -> dict[str, Any]:
         parts["kl"] = f"{objective.kl_coefficient}-{objective.estimator}-{objective.place}"
     if step.num_updates > 1:
         parts["updates"] = f"{step.updates_per_batch}x{step.minibatches}"
+    if config.lora is not None:
+        parts["lora"] = config.lora.rank
     return parts
 
 
@@ -242,6 +276,11 @@ def reward_path(value: str, folder: Path | None) -> str:
     """``path/to/file.py:name`` relative to the config file; any other name of a reward stays."""
     file, colon, name = value.rpartition(":")
     return str((folder or Path()).absolute() / file) + colon + name if file.endswith(".py") else value
+
+
+def absolute_model(value: str) -> str:
+    """A model folder as a path that holds from anywhere; a hub name stays."""
+    return str(Path(value).absolute()) if Path(value).exists() else value
 
 
 def locate(values: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -328,15 +367,25 @@ def pinned(config: RunConfig) -> RunConfig:
     def root(data: DataConfig) -> DataConfig:
         return dataclasses.replace(data, root=(data.root or Path()).absolute())
 
-    def model(value: str) -> str:
-        return str(Path(value).absolute()) if Path(value).exists() else value
-
     changes: dict[str, Any] = {"output_dir": config.output_dir.absolute(), "data": root(config.data)}
     if config.development.data is not None:
         changes["development"] = dataclasses.replace(config.development, data=root(config.development.data))
     if isinstance(config, MLEConfig) and config.model.path is not None:
-        changes["model"] = dataclasses.replace(config.model, path=model(config.model.path))
+        changes["model"] = dataclasses.replace(config.model, path=absolute_model(config.model.path))
+    if isinstance(config, RLConfig | RewardModelConfig):
+        changes["model"] = absolute_model(config.model)
     if isinstance(config, RLConfig):
-        names = tuple(reward_path(name, None) for name in config.reward.names)
-        changes |= {"model": model(config.model), "reward": dataclasses.replace(config.reward, names=names)}
+        changes["reward"] = _pinned_reward(config.reward)
     return dataclasses.replace(config, **changes)
+
+
+def _pinned_reward(reward: RewardConfig) -> RewardConfig:
+    def absolute(path: Path | None) -> Path | None:
+        return None if path is None else path.absolute()
+
+    return dataclasses.replace(
+        reward,
+        names=tuple(reward_path(name, None) for name in reward.names),
+        model=dataclasses.replace(reward.model, path=absolute(reward.model.path)),
+        json_schema=dataclasses.replace(reward.json_schema, path=absolute(reward.json_schema.path)),
+    )

@@ -51,7 +51,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
         if config.run is not None:
             _load_state(task, config.run)
         batches: list[tuple[Prompts, Tensor, int]] = []
-        for i in range(min(config.steps, task.num_batches(0))):
+        for i in range(min(config.steps, task.num_sample_batches)):
             prompts = task.prompts(0, i)
             batches.append((prompts, *task.capability(prompts, 0, i)))
     allocation = task.method.allocation  # with estimator = "random" not the configuration's

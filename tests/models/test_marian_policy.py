@@ -120,6 +120,19 @@ def test_encoding_in_parts_equals_the_whole(random32, prompts, monkeypatch):
         torch.testing.assert_close(one * real, other.detach() * real, rtol=0, atol=1e-5)
 
 
+def test_dropout_in_the_encoder_is_the_same_with_and_without_a_graph(make_policy, prompts, monkeypatch):
+    """Stage two replays it: what is scored must be what is differentiated."""
+    policy = make_policy(torch.float64)
+    monkeypatch.setattr(seq2seq, "_ENCODED_TOKENS", 2 * prompts.mask.shape[1])
+    policy.set_dropout(0.3)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        scored = policy.encode(prompts)
+    torch.manual_seed(5)
+    for one, other in zip(scored.tensors, policy.encode(prompts).tensors, strict=True):
+        torch.testing.assert_close(one, other.detach(), rtol=0, atol=1e-12)
+
+
 def test_prompt_state_is_selected_and_rebuilt(random64, prompts):
     state = random64.encode(prompts)
     rebuilt = state.with_tensors(state.tensors)

@@ -12,9 +12,13 @@ import torch
 from torch import Tensor
 
 from esrl.benchmark.workloads import as_prompts
-from esrl.models.seq2seq import MarianPolicy, load_policy
+from esrl.models.causal import CausalPolicy
+from esrl.models.load import load_policy
+from esrl.models.seq2seq import MarianPolicy
 from esrl.sampling.engine import EngineSampler, SamplingConfig
 from esrl.types import Prompts, SamplingPlan
+
+JobKind = Literal["sample", "step", "language-step"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +26,7 @@ class Job:
     """What a worker is told to build; crosses the pipe as JSON."""
 
     contestant: str
-    kind: Literal["sample", "step"]
+    kind: JobKind
     folder: str  # the model, in the contestant's own format
     source: list[list[int]]
     samples: int
@@ -66,7 +70,9 @@ class Generate:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.policy = load_model(job)
+        policy = load_model(job)
+        assert isinstance(policy, MarianPolicy), "what comes behind the start token is counted"
+        self.policy = policy
 
     def run(self, seed: int, num_prompts: int | None = None) -> Callable[[], list[int]]:
         tokens = self.tokens(self.policy, as_prompts(self.job.source[:num_prompts]), self.job, seed)
@@ -143,7 +149,7 @@ def ctranslate2_pieces(folder: Path) -> list[str]:
     return pieces
 
 
-def load_model(job: Job) -> MarianPolicy:
+def load_model(job: Job) -> MarianPolicy | CausalPolicy:
     """The job's model, on its device, with the job's threads."""
     torch.set_num_threads(job.threads)
     policy = load_policy(job.folder)

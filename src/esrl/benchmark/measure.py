@@ -9,11 +9,11 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from esrl.benchmark.contestants import Job
+from esrl.benchmark.contestants import Job, JobKind
 from esrl.benchmark.processes import Measured, take_turns
-from esrl.benchmark.workloads import Workload, convert_to_ctranslate2, random_policy
+from esrl.benchmark.workloads import Workload, convert_to_ctranslate2, random_llama, random_policy
 
 _STANDARD_ERRORS = 5
 
@@ -56,9 +56,7 @@ class Meter:
     progress: Progress
     count: bool = False  # the operations of steps, too
 
-    def run(
-        self, workloads: Sequence[Workload], kind: Literal["sample", "step"], names: Sequence[str]
-    ) -> tuple[list[Result], list[Row]]:
+    def run(self, workloads: Sequence[Workload], kind: JobKind, names: Sequence[str]) -> tuple[list[Result], list[Row]]:
         """Measure every contestant on every workload; those of one model stand together.
 
         Returns:
@@ -81,9 +79,7 @@ class Meter:
                     results.append(Result(workload, parameters, done))
         return results, not_run
 
-    def _turns(
-        self, workload: Workload, kind: Literal["sample", "step"], folders: dict[str, Path]
-    ) -> dict[str, Measured]:
+    def _turns(self, workload: Workload, kind: JobKind, folders: dict[str, Path]) -> dict[str, Measured]:
         jobs = [
             Job(
                 contestant=name,
@@ -106,19 +102,22 @@ def _by_model(workloads: Sequence[Workload]) -> Iterator[list[Workload]]:
 
 
 def _model_of(workload: Workload) -> tuple[Any, ...]:
-    return workload.name, workload.model, workload.max_length, workload.seed
+    length = workload.max_length if workload.model.family == "marian" else workload.source_tokens
+    return workload.name, workload.model, length, workload.seed
 
 
 def _build(workload: Workload, folder: Path, names: Sequence[str]) -> tuple[dict[str, Path], dict[str, str], int]:
     """The model in every contestant's format: folders by contestant, reasons why one has none, parameters."""
-    policy = random_policy(workload)
+    policy = (random_llama if workload.model.family == "llama" else random_policy)(workload)
     parameters = sum(parameter.numel() for parameter in policy.model.parameters())
     policy.save(folder / "model")
     del policy
     folders, missing = {}, {}
     for name in names:
         engine, _, quantization = name.partition("-")
-        if engine != "ctranslate2":
+        if engine == "trl" and not installed("trl"):
+            missing[name] = "trl is not installed; pip install 'esrl[bench]'"
+        elif engine != "ctranslate2":
             folders[name] = folder / "model"
         elif not installed("ctranslate2"):
             missing[name] = "ctranslate2 is not installed; pip install 'esrl[bench]'"

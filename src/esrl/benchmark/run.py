@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from esrl.benchmark.language_model import language_model
 from esrl.benchmark.limit import limit
 from esrl.benchmark.measure import Meter, Progress, Row, installed
 from esrl.benchmark.rewards import rewards
@@ -31,6 +32,7 @@ SECTIONS: dict[str, Section] = {
     "scale": scale,
     "rewards": rewards,
     "limit": limit,
+    "language-model": language_model,
 }
 
 
@@ -40,7 +42,8 @@ class BenchmarkConfig:
 
     only: tuple[str, ...] = tuple(SECTIONS)
     """Sections: stage-one (tokens sampled per second), step (a whole optimizer step), memory (its peak), scale (rows
-    and prompts grow), rewards (sentences scored per second), limit (what the machine can do at most)."""
+    and prompts grow), rewards (sentences scored per second), limit (what the machine can do at most), language-model
+    (a step of GRPO beside TRL's)."""
     models: tuple[str, ...] = ("small", "base")
     """Random models: small (8 M parameters, samples of 20 tokens on average) and base (50 M, 11 tokens)."""
     samples: tuple[int, ...] | None = None

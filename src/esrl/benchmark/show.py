@@ -57,7 +57,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 
 def _apart(section: str) -> bool:
-    return section in ("stage_one", "step")
+    return section in ("stage_one", "step", "language_model")
 
 
 def _table(title: str, columns: list[Column], rows: list[Row], caption: str | None) -> Table:
@@ -127,6 +127,19 @@ TABLES: dict[str, tuple[str, list[Column], str]] = {
             ("MB", _memory),
         ],
         f"{_LENGTH_NOTE}, its gradients and the optimizer's state",
+    ),
+    "language_model": (
+        "language model",
+        [
+            ("contestant", _contestant),
+            ("prompt", lambda row: str(row["source_tokens"])),
+            ("tokens/s", _rate),
+            ("range", lambda row: _range(row, "tokens_per_second", ",.0f")),
+            ("esrl is", _speedup),
+            ("length", _length),
+            ("MB", _memory),
+        ],
+        f"{_LENGTH_NOTE}, its gradients and the optimizer's state; a whole step of GRPO",
     ),
     "memory": (
         "peak memory of a step",

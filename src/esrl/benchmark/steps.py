@@ -153,6 +153,7 @@ def _graph_kept(step: StepContestant, prompts: Prompts, plan: SamplingPlan, seed
 def _naively(step: StepContestant, prompts: Prompts, plan: SamplingPlan, seed: int) -> Sampled:
     """``generate``, then one padded forward over all samples."""
     policy = step.policy
+    assert isinstance(policy, MarianPolicy), "it runs the encoder itself"
     tokens = Generate.tokens(policy, prompts, step.job, seed)
     mask = tokens != policy.pad_token  # what stands behind EOS is PAD, which is never sampled
     owner = torch.repeat_interleave(torch.arange(len(prompts)), plan.num_samples)
@@ -174,7 +175,7 @@ def score_padded(policy: MarianPolicy, prompts: Prompts, rollouts: Rollouts) -> 
     device, owner = policy.device, rollouts.prompt_index.to(policy.device)
     mask = prompts.mask.to(device)
     encoded = policy.model.get_encoder()(input_ids=prompts.input_ids.to(device), attention_mask=mask)
-    start = torch.full_like(rollouts.tokens[:, :1], policy.start_token)
+    start = policy.start_tokens(prompts).to(device)[owner, None]
     output: Any = policy.model(
         encoder_outputs=(encoded.last_hidden_state[owner],),
         attention_mask=mask[owner],

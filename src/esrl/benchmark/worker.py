@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils import logging
 
-from esrl.benchmark.contestants import CONTESTANTS, Contestant, Job
+from esrl.benchmark.contestants import CONTESTANTS, Contestant, Job, JobKind
+from esrl.benchmark.language_steps import LANGUAGE_STEPS
 from esrl.benchmark.steps import STEPS, StepContestant
 
 TURN_SECONDS = 0.5
@@ -74,7 +75,12 @@ def serve(requests: Iterator[str], answers: Any) -> None:
         answers.flush()
 
     job = Job(**json.loads(next(requests)))
-    contestant: Contestant = (STEPS if job.kind == "step" else CONTESTANTS)[job.contestant](job)
+    kinds: dict[JobKind, Mapping[str, Callable[[Job], Contestant]]] = {
+        "sample": CONTESTANTS,
+        "step": STEPS,
+        "language-step": LANGUAGE_STEPS,
+    }
+    contestant = kinds[job.kind][job.contestant](job)
     # one short run first: the pages of the libraries' code and their thread pools are not the workload's memory
     contestant.run(seed=0, num_prompts=1)
     memory = PeakMemory(uses_torch=not job.contestant.startswith("ctranslate2"))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from esrl.models.causal import CausalPolicy
 from esrl.models.seq2seq import PRESETS, MarianPolicy, Preset, load_policy, new_policy
 from esrl.models.tokenizer import EOS, PAD, UNK
 from esrl.types import Prompts
@@ -29,6 +30,7 @@ class BenchmarkModel:
     vocabulary: int
     mean_length: float
     """1 / p(EOS): what a sample's length would be on average without a limit."""
+    family: Literal["marian", "llama"] = "marian"
 
 
 MODELS = {
@@ -64,7 +66,8 @@ class Workload:
     def describe(self, parameters: int) -> str:
         """One line that says what was measured."""
         return (
-            f"random Marian model of {parameters / 1e6:.1f} M parameters (vocabulary {self.model.vocabulary}), "
+            f"random {self.model.family.capitalize()} model of {parameters / 1e6:.1f} M parameters "
+            f"(vocabulary {self.model.vocabulary}), "
             f"{self.prompts} prompts of {self.source_tokens} tokens x {self.samples} samples of at most "
             f"{self.max_new_tokens} tokens, temperature 1, geometric lengths (mean {self.expected_length:.1f})"
         )
@@ -74,7 +77,8 @@ class Workload:
         generator = torch.Generator().manual_seed(self.seed)
         pieces = (self.prompts, self.source_tokens - 1)
         tokens = torch.randint(_SPECIAL_PIECES, self.model.vocabulary, pieces, generator=generator)
-        return [[*row, 1] for row in tokens.tolist()]
+        # a causal model would take the end of the prompt for the end of the text
+        return [[*row, 1 if self.model.family == "marian" else _SPECIAL_PIECES] for row in tokens.tolist()]
 
 
 def as_prompts(source: list[list[int]]) -> Prompts:
@@ -91,6 +95,7 @@ def whole_word_tokenizer(vocabulary: int, max_length: int) -> Any:
     """PAD, EOS, UNK and as many made-up words as it takes: a random model needs no more."""
     words = [PAD, EOS, UNK, *(f"w{i}" for i in range(_SPECIAL_PIECES, vocabulary))]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNK))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token=PAD, eos_token=EOS, unk_token=UNK, model_max_length=max_length
     )
@@ -123,6 +128,38 @@ def random_policy(workload: Workload) -> MarianPolicy:
         policy.model.final_logits_bias[0, pad] = _NEVER
     policy.model.generation_config.bad_words_ids = None  # the bias does it; `generate` need not do it again
     return policy
+
+
+def random_llama(workload: Workload) -> CausalPolicy:
+    """A random causal model that ends a sample with probability 1 / mean_length at every step.
+
+    Its logits hardly differ, and one token in ``mean_length`` ends a sample: a list of ends, as Hugging Face has it.
+    """
+    model = workload.model
+    # a prompt and its answer, in one sequence
+    tokenizer = whole_word_tokenizer(model.vocabulary, workload.source_tokens + workload.max_new_tokens)
+    config = LlamaConfig(
+        vocab_size=model.vocabulary,
+        hidden_size=model.sizes.width,
+        intermediate_size=model.sizes.inner_width,
+        num_hidden_layers=model.sizes.layers,
+        num_attention_heads=model.sizes.heads,
+        max_position_embeddings=workload.source_tokens + workload.max_new_tokens,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(workload.seed)
+        llama = LlamaForCausalLM(config)
+    ends = round(model.vocabulary / model.mean_length)
+    llama.generation_config.eos_token_id = [
+        tokenizer.eos_token_id,
+        *range(model.vocabulary - ends + 1, model.vocabulary),
+    ]
+    llama.generation_config.pad_token_id = tokenizer.pad_token_id
+    return CausalPolicy(llama, tokenizer)
 
 
 def convert_to_ctranslate2(model: Path, folder: Path, quantization: str) -> None:

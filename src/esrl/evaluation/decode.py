@@ -9,12 +9,15 @@ import numpy as np
 import torch
 
 from esrl.data.batching import make_prompts
+from esrl.data.encoding import Encoder, make_causal_prompts
 from esrl.data.examples import Example
 from esrl.evaluation.scores import Metric
+from esrl.models.adapters import AnyPolicy
+from esrl.models.causal import CausalPolicy
 from esrl.models.seq2seq import MarianPolicy
 from esrl.sampling.engine import EngineSampler, SamplingConfig
 from esrl.sampling.generate import generate_texts
-from esrl.types import SamplingPlan
+from esrl.types import Prompts, SamplingPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +31,7 @@ class DecodingConfig:
     max_new_tokens: int = 128
     """Longest output in tokens."""
     max_source_tokens: int = 256
-    """Longer sources are cut; `evaluate` and `generate` say how many."""
+    """Longer sources are cut; `evaluate` and `generate` say how many. A causal model's limit is that of `prompts`."""
     batch_size: int = 128
     """Sources decoded at a time."""
 
@@ -38,30 +41,38 @@ class DecodingConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
 
 
-def source_limit(policy: MarianPolicy, config: DecodingConfig) -> int:
-    """Tokens of a source that are read, end-of-sequence included."""
+def source_limit(policy: MarianPolicy | CausalPolicy, config: DecodingConfig) -> int:
+    """Tokens of an encoder-decoder's source that are read, end-of-sequence included."""
     return min(config.max_source_tokens, policy.max_length)
 
 
-def on_device(policy: MarianPolicy) -> MarianPolicy:
+def on_device(policy: AnyPolicy) -> AnyPolicy:
     """The policy, on the GPU where there is one; training moves its own (Accelerate)."""
     policy.model.to("cuda" if torch.cuda.is_available() else "cpu")
     return policy
 
 
-def decode(policy: MarianPolicy, examples: Sequence[Example], config: DecodingConfig) -> list[str]:
-    """The model's output for each example, in order; sources are batched by length."""
+def decode(
+    policy: MarianPolicy | CausalPolicy,
+    examples: Sequence[Example],
+    config: DecodingConfig,
+    encoder: Encoder | None = None,
+) -> list[str]:
+    """The model's output for each example, in order; sources are batched by length.
+
+    Args:
+        encoder: makes token ids of a causal model's prompts; None for an encoder-decoder.
+    """
     was_training = policy.model.training
     policy.model.eval()
     texts = [""] * len(examples)
     lengths = [len(example.columns["source"]) for example in examples]
     order = sorted(range(len(examples)), key=lambda i: lengths[i])
-    limit = source_limit(policy, config)
     sampler = EngineSampler(policy, SamplingConfig(max_new_tokens=min(config.max_new_tokens, policy.max_length)), 0)
     with torch.no_grad():
         for start in range(0, len(order), config.batch_size):
             part = order[start : start + config.batch_size]
-            prompts = make_prompts([examples[i] for i in part], policy.tokenizer, limit)
+            prompts = _prompts(policy, [examples[i] for i in part], config, encoder)
             if config.beam_size == 1:
                 outputs = list(sampler.sample(prompts, SamplingPlan.greedy(len(part))).texts)
             else:
@@ -72,6 +83,15 @@ def decode(policy: MarianPolicy, examples: Sequence[Example], config: DecodingCo
                 texts[i] = text
     policy.model.train(was_training)
     return texts
+
+
+def _prompts(
+    policy: MarianPolicy | CausalPolicy, examples: Sequence[Example], config: DecodingConfig, encoder: Encoder | None
+) -> Prompts:
+    if encoder is not None:
+        return make_causal_prompts(examples, encoder)
+    assert isinstance(policy, MarianPolicy), "a causal model's prompts need an encoder"
+    return make_prompts(examples, policy.tokenizer, source_limit(policy, config))
 
 
 def corpus_scores(metrics: Sequence[Metric], texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:

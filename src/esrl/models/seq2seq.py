@@ -76,12 +76,13 @@ class MarianPolicy:
 
     def encode(self, prompts: Prompts) -> PromptState:
         """Encode each prompt once; keys and values of all cross-attentions are computed here and shared."""
-        if torch.is_grad_enabled() or self.device.type != "cpu":
+        # in parts, dropout would draw other masks than the pass with a graph that replays them
+        if torch.is_grad_enabled() or self.model.training or self.device.type != "cpu":
             return self._encode(prompts)
         # what a part makes fits into memory that is used again and again; fresh pages cost a tenth of the time
         size = max(1, _ENCODED_TOKENS // max(1, prompts.mask.shape[1]))
         parts = [list(range(start, min(start + size, len(prompts)))) for start in range(0, len(prompts), size)]
-        with frozen_linears(self.model.get_encoder(), *(layer.encoder_attn for layer in self._layers)):
+        with frozen_linears(self.plain.get_encoder(), *(layer.encoder_attn for layer in self._layers)):
             return PromptState.join([self._encode(prompts.select(part)) for part in parts])
 
     def _encode(self, prompts: Prompts) -> PromptState:

@@ -15,7 +15,7 @@ from esrl.report.markup import Html, element, join, table
 Row = dict[str, Any]
 Figure = tuple[str, str, Html]
 
-SECTIONS = ("stage_one", "step", "memory", "scale", "rewards", "limit")
+SECTIONS = ("stage_one", "step", "memory", "scale", "rewards", "limit", "language_model")
 
 
 def read_benchmark(path: Path) -> dict[str, Any]:
@@ -148,6 +148,13 @@ _PARTS: dict[str, _Part] = {
         "optimizer's state.",
         lambda rows: _bars(rows, "seconds", "seconds"),
         _CONTESTANT | _compared("seconds") | _MEMORY,
+    ),
+    "language_model": (
+        "A step of GRPO on a language model: tokens per second",
+        "Sampling, gradient, clipping, AdamW, beside TRL's trainer. Memory is counted above the model, its gradients "
+        "and the optimizer's state.",
+        lambda rows: _bars(rows, "tokens_per_second", "tokens per second"),
+        _CONTESTANT | {"prompt tokens": lambda row: row["source_tokens"]} | _compared("tokens_per_second") | _MEMORY,
     ),
     "memory": (
         "Peak memory of a step",

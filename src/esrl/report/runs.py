@@ -114,7 +114,7 @@ def read_run(path: Path) -> Run:
 def _read(path: Path) -> Run:
     notes: list[str] = []
     lines = list(_json_lines(path / "metrics.jsonl", notes))
-    training = [row for row in lines if row.get("kind") != "evaluation"]
+    training = [row for row in lines if "kind" not in row]  # other lines, of alarms, are of a step that has its own
     evaluations = [row for row in lines if row.get("kind") == "evaluation"]
     return Run(
         path=path,

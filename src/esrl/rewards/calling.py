@@ -84,6 +84,16 @@ class RewardFunction:
         return tuple(component.weight for component in self._components)
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Of the functions, as configured."""
+        return tuple(component.name for component in self._components)
+
+    @property
+    def is_normalised(self) -> bool:
+        """Whether the rewards of a batch are z-scores, or a sum of such, so that their mean is 0."""
+        return self._config.normalise != "none"
+
+    @property
     def required_columns(self) -> tuple[str, ...]:
         """Columns that some function must be given."""
         names = (name for component in self._components for name in component.parameters.required)

@@ -24,8 +24,8 @@ class AlarmConfig:
     start is taken from."""
     evaluations: int = 3
     """So many evaluations in a row below the best one, while the reward is above what it was then, are an alarm."""
-    metric: str = "dev_bleu"
-    """The held-out metric that should rise with the reward; higher is better."""
+    metric: str | None = None
+    """The held-out metric that should rise with the reward; higher is better. Unset: `metric_for_best_model`."""
     length_factor: float = 2.0
     """The mean answer may be so many times longer or shorter than at the start."""
     max_kl: float = 20.0
@@ -87,13 +87,13 @@ def observe_evaluation(
 
     Args:
         step: how many steps have been made.
-        scores: ``dev_*``; without ``config.metric`` among them nothing is judged.
+        scores: ``dev_*``; without ``config.metric`` among them, or with none set, nothing is judged.
 
     Returns:
         as ``observe_step``.
     """
     state = copy.deepcopy(state)
-    if config.metric not in scores:
+    if config.metric is None or config.metric not in scores:
         return state, []
     total, steps = state["reward"]["sum"], state["reward"]["steps"]
     state["reward"] = {"sum": 0.0, "steps": 0}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Collection, Mapping
+import time
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +42,28 @@ _LEARNER_METRICS = {
     ),
     *("value_loss", "explained_variance"),
 }
+
+
+class Stopwatch:
+    """Seconds by stage. Kernels are only queued, so a device's are waited for: else whoever waits would be timed."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        self._synchronize()
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._synchronize()
+            self.seconds[stage] += time.monotonic() - started
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,7 +179,7 @@ def _sums(outcome: Outcome, objective: ObjectiveConfig, processes: Processes) ->
         "truncated": int((~drawn.finished).sum()),
         "tokens": number + planned.first_tokens,
         "sample_tokens": number,
-        "equal": int(equal_groups(rewards.values, groups, rewards.counts).sum()),
+        "equal": int(equal_groups(rewards.signal, groups, rewards.counts).sum()),
         "several": int((groups.sum(rewards.counts) > 1).sum()),
         "mrt": int(uses_mrt.sum()),
         "reinforce": 0 if objective.is_clipped else int((~uses_mrt & (num_samples > 0)).sum()),

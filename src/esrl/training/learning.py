@@ -124,8 +124,8 @@ class Learner:
             mask=mask,
             groups=groups,
             counts=counts,
-            rewards=sampled.rewards.values,
-            baseline=torch.zeros_like(sampled.rewards.values),
+            rewards=sampled.rewards.signal,
+            baseline=torch.zeros_like(sampled.rewards.signal),
             sampling_log_probs=rollouts.sampling_log_probs.cpu(),
             planned=sampled.plan.num_samples,
             shares=group_shares(groups, counts),
@@ -136,6 +136,8 @@ class Learner:
             max_tokens=self.max_tokens,
             kl_coefficient=self.kl_coefficient,
         )
+        if sampled.rewards.normalised is not None:  # z-scores have a mean of 0, and the queue holds rewards as scored
+            queue = RewardQueue(1)
         metrics, coefficient = self._divergence(samples)
         experience = Experience(
             epoch=sampled.epoch,

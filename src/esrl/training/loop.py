@@ -12,19 +12,21 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
 from esrl.algorithm.streams import seed_of
 from esrl.errors import Interrupted, NumericsError, StorageError
+from esrl.training.alarms import AlarmConfig, State, new_state, observe_evaluation, observe_step
 from esrl.training.checkpoint import Checkpoint, pack_json, pack_tensors, unpack_json, unpack_tensors
 from esrl.training.display import Display, say
 from esrl.training.interrupts import Interrupts
 from esrl.training.memory import peak_memory_mb, reset_peak_memory
 from esrl.training.optimization import Optimizer, OptimizerConfig, learning_rate
 from esrl.training.processes import Processes
+from esrl.training.restore import check_fingerprint, load_parameters
 from esrl.training.run_folder import RunFolder
 from esrl.training.task import Task, Update
 
@@ -55,6 +57,8 @@ class LoopConfig:
     """Checkpoints kept."""
     skip_nonfinite: int = 0
     """Steps in a row that are skipped, nothing updated, when a number in them is not finite; one more ends the run."""
+    alarms: AlarmConfig = field(default_factory=AlarmConfig)
+    """When to say that something looks wrong; a run goes on all the same."""
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "num_epochs", "max_seconds", "eval_steps", "patience", "save_steps"):
@@ -84,6 +88,8 @@ class LoopState:
     evaluations_without_gain: int = 0
     skipped: int = 0
     """Steps in a row that were skipped."""
+    alarms: State = field(default_factory=new_state)
+    """What alarms have seen; checkpoints of earlier versions have none."""
     offsets: dict[str, int] = field(default_factory=dict)
 
 
@@ -111,6 +117,7 @@ class Loop:
             )
         self.task = task
         self.config = config
+        self.alarms = replace(config.alarms, metric=config.alarms.metric or config.metric_for_best_model)
         self.optimizer = Optimizer(task.model, optimizer)
         self.run_folder = run
         self.seed = seed
@@ -219,6 +226,7 @@ class Loop:
             metrics = self._position() | update.metrics | figures
             metrics |= {"seconds_total": seconds, "peak_memory_mb": peak_memory_mb()}
             self._log(metrics, lines)
+            self._alarm(observe_step(self.state.alarms, self.state.step, update.metrics, self.alarms))
         return metrics
 
     def _skip(self, reason: str, started: float, interrupts: Interrupts) -> dict[str, Any]:
@@ -257,6 +265,14 @@ class Loop:
         if self.tracker is not None:
             self.tracker(metrics, self.state.step)
 
+    def _alarm(self, observed: tuple[State, list[str]]) -> None:
+        """Keep what alarms have seen; say and log those that were raised."""
+        self.state.alarms, raised = observed
+        for text in raised:
+            self._log(self._position() | {"kind": "alarm", "alarm": text}, [])
+            if self.processes.is_main:
+                say(f"alarm at step {self.state.step}: {text}")
+
     def _evaluation_due(self) -> bool:
         state = self.state
         if state.evaluated_step == state.step or (state.step == 0 and not self.config.eval_on_start):
@@ -290,6 +306,7 @@ class Loop:
                 line["seconds_total"] = time.monotonic() - started
                 self._log(line, [])
                 display.evaluation(line)
+                self._alarm(observe_evaluation(state.alarms, state.step, scores, self.alarms))
 
     def _is_over(self) -> bool:
         state, config = self.state, self.config
@@ -367,26 +384,11 @@ class Loop:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state: Any = unpack_json(checkpoint.files["state.json"])
-        self._check_fingerprint(state["fingerprint"])
+        check_fingerprint(state["fingerprint"], self.fingerprint)
         self.state = LoopState(**state["loop"])
         self.task.load_state_dict(state["task"])
-        parameters = dict(self.task.model.named_parameters())
-        saved = unpack_tensors(checkpoint.files["model.safetensors"])
-        if {name: value.shape for name, value in saved.items()} != {n: p.shape for n, p in parameters.items()}:
-            raise ValueError(f"{checkpoint.path} was saved from another architecture; start anew with --overwrite.")
-        with torch.no_grad():
-            for name, value in saved.items():
-                parameters[name].copy_(value)
+        load_parameters(self.task.model, checkpoint.files["model.safetensors"], checkpoint.path)
         self.optimizer.load_tensors(unpack_tensors(checkpoint.files["optimizer.safetensors"]))
         if self.processes.is_main:
             self.run_folder.truncate_logs(self.state.offsets)
         self._saved_step = self.state.step
-
-    def _check_fingerprint(self, saved: Mapping[str, Any]) -> None:
-        for key in sorted({*saved, *self.fingerprint}):
-            if saved.get(key) != self.fingerprint.get(key):
-                raise ValueError(
-                    f"{key} was {saved.get(key)!r} when this run began and is {self.fingerprint.get(key)!r} now; "
-                    "a resumed run must be the same run. Restore the value, name the key in --accept-changes, or start "
-                    "anew with --overwrite."
-                )

@@ -11,6 +11,7 @@ from esrl.algorithm.baselines import BaselineConfig
 from esrl.algorithm.capability import CapabilityConfig
 from esrl.algorithm.duplicates import DuplicateRule
 from esrl.algorithm.objectives import ObjectiveConfig
+from esrl.data.stops import check_stops
 from esrl.training.gradient import GradientConfig
 
 
@@ -32,6 +33,9 @@ class StepConfig:
     """Parts of a pass, each with an optimizer update of its own. A step of `max_steps` is one such update."""
     minibatch_of: Literal["prompts", "samples"] = "prompts"
     """Whether a pass is split by prompts, with all their samples, or by samples."""
+    stop_strings: tuple[str, ...] = ()
+    """An answer also ends with the token that completes one of these texts, which are no part of it. It is sampled on
+    to its end token, so its time is not saved."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -45,6 +49,7 @@ class StepConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
         if self.minibatch_of not in ("prompts", "samples"):
             raise ValueError(f"minibatch_of is {self.minibatch_of!r}; choose prompts or samples.")
+        check_stops(self.stop_strings)
 
     @property
     def num_updates(self) -> int:
@@ -68,12 +73,15 @@ class Method:
         return replace(self, allocation=replace(self.allocation, allocator="random"))
 
 
-def check_parts(method: Method, step: StepConfig, gradient: GradientConfig, weights: Sequence[float]) -> None:
+def check_parts(
+    method: Method, step: StepConfig, gradient: GradientConfig, names: Sequence[str], weights: Sequence[float]
+) -> None:
     """Refuse parts that do not go together.
 
     Args:
         method: resolved.
-        weights: of the reward functions.
+        names: of the reward functions.
+        weights: theirs.
 
     Raises:
         ValueError: it names the two settings and the remedy.
@@ -89,15 +97,14 @@ def check_parts(method: Method, step: StepConfig, gradient: GradientConfig, weig
             'gradient kind "graph" scores every sample it has drawn, so duplicates cannot be "drop"; '
             'use kind "two_stage", or duplicates "merge".'
         )
+    if gradient.kind == "graph" and step.stop_strings:
+        raise ValueError(
+            'gradient kind "graph" scores every token it has drawn, so stop_strings cannot end a sample; '
+            'use kind "two_stage", or leave stop_strings out.'
+        )
     _check_updates(method.objective, step, gradient)
     _check_baseline(method)
-    mapped = capability.mapping != "identity" or capability.contrast != "none"
-    estimated = capability.estimator in ("metric", "reward")
-    if method.allocation.needs_capability and estimated and not mapped and min(weights) < 0:
-        raise ValueError(
-            f"reward.weights holds {min(weights)}, so that capabilities may be negative, and eq. 8 takes none; "
-            'set capability.capability_map = "sigmoid_z" or "rank".'
-        )
+    _check_capability(method, names, weights)
 
 
 def _check_updates(objective: ObjectiveConfig, step: StepConfig, gradient: GradientConfig) -> None:
@@ -122,6 +129,24 @@ def _check_updates(objective: ObjectiveConfig, step: StepConfig, gradient: Gradi
         raise ValueError(
             f'minibatch_of is "samples", but objective {objective.kind!r} couples the samples of a prompt; '
             'use "prompts".'
+        )
+
+
+def _check_capability(method: Method, names: Sequence[str], weights: Sequence[float]) -> None:
+    """Eq. 8 takes no negative capability."""
+    config = method.capability
+    mapped = config.mapping != "identity" or config.contrast != "none"
+    if mapped or not method.allocation.needs_capability or config.estimator not in ("metric", "reward"):
+        return
+    if config.estimator == "metric" and "model" in names:
+        raise ValueError(
+            'reward.names holds "model", whose scores may be negative, and eq. 8 takes no negative capability; set '
+            'capability.estimator = "reward", or capability.capability_map = "sigmoid_z" or "rank".'
+        )
+    if min(weights) < 0:
+        raise ValueError(
+            f"reward.weights holds {min(weights)}, so that capabilities may be negative, and eq. 8 takes none; "
+            'set capability.capability_map = "sigmoid_z" or "rank".'
         )
 
 

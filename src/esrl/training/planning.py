@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,17 +21,27 @@ from esrl.algorithm.capability import (
 )
 from esrl.algorithm.groups import Groups
 from esrl.errors import NumericsError, RewardError
+from esrl.rewards.calling import RewardResult
 from esrl.types import Rollouts, SamplingPlan
+
+MAX_REWARD = 1e30
+"""Larger rewards overflow float32 as soon as they are multiplied."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rewards:
     """Rewards of the kept rows; an abstained row counts 0."""
 
-    values: Tensor  # (R,) float64, 0 where abstained
+    values: Tensor  # (R,) float64 as scored, comparable from step to step; 0 where abstained
     counts: Tensor  # (R,) int64
     metrics: dict[str, float] = field(default_factory=dict)  # what reward functions logged by log_metric
     extra: dict[str, list[Any]] = field(default_factory=dict)  # and by log_extra, R values each
+    normalised: Tensor | None = None  # (R,) z-scores over the step, where they are what is learnt from
+
+    @property
+    def signal(self) -> Tensor:
+        """(R,) what is learnt from."""
+        return self.values if self.normalised is None else self.normalised
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +53,29 @@ class Planned:
     first: dict[int, CapabilityRecord]  # greedy first estimates, by prompt
     first_tokens: int
     from_memory: int
+
+
+def rewards_of(result: RewardResult, counts: Tensor, texts: Sequence[str]) -> Rewards:
+    """A call's rewards as scored, not normalised, if a step can be made of them.
+
+    Args:
+        counts: (R,) how many samples each row stands for.
+        texts: what was scored, for the error.
+
+    Raises:
+        RewardError: a reward is beyond ``MAX_REWARD``, or a figure that a function logged is not finite.
+    """
+    large = result.raw.abs() > MAX_REWARD
+    if bool(large.any()):
+        row = int(large.nonzero()[0])
+        raise RewardError(
+            f"the reward of sample {texts[row][:60]!r} is {float(result.raw[row])}; beyond {MAX_REWARD:g} in size "
+            "float32 overflows. Scale the reward."
+        )
+    for name, value in result.metrics.items():
+        if not math.isfinite(value):
+            raise RewardError(f"a reward function logged {name!r} as {value}; log finite numbers only.")
+    return Rewards(result.raw, torch.where(result.abstained, 0, counts), dict(result.metrics), result.extra)
 
 
 def capability_scores(

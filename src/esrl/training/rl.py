@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,28 +17,33 @@ from esrl.algorithm.duplicates import handle_duplicates
 from esrl.algorithm.groups import Groups
 from esrl.algorithm.streams import plan_uniforms
 from esrl.data.batching import make_prompts, shuffled_batches
+from esrl.data.encoding import Encoder, make_causal_prompts
 from esrl.data.examples import Example
-from esrl.errors import RewardError
 from esrl.evaluation.development import Development
 from esrl.models.causal import CausalPolicy
 from esrl.models.seq2seq import MarianPolicy
-from esrl.rewards.calling import RewardFunction, StepCounts
+from esrl.rewards.calling import RewardFunction, RewardResult, StepCounts
 from esrl.sampling.engine import EngineSampler, SamplingConfig
 from esrl.sampling.graph import sample_with_graph
 from esrl.training.critic import keeping_states, trained_modules, value_head
+from esrl.training.ends import cut_at_stops, take_ends
 from esrl.training.experience import Experience, pack_experience, unpack_experience
-from esrl.training.figures import Outcome, sample_lines, step_metrics
+from esrl.training.figures import Outcome, Stopwatch, sample_lines, step_metrics
 from esrl.training.gradient import GradientConfig, StageTwo
 from esrl.training.learning import Fixed, Graph, Learner, Learnt, Sampled
 from esrl.training.method import Method, StepConfig, check_parts
-from esrl.training.planning import Planned, Rewards, capability_records, capability_scores, mapped_capability
+from esrl.training.planning import (
+    Planned,
+    Rewards,
+    capability_records,
+    capability_scores,
+    mapped_capability,
+    rewards_of,
+)
 from esrl.training.processes import Processes
 from esrl.training.reference import Reference, frozen_reference
 from esrl.training.task import Update, export_folder
 from esrl.types import Prompts, Rollouts, SamplingPlan
-
-MAX_REWARD = 1e30
-"""Larger rewards overflow float32 as soon as they are multiplied."""
 
 
 class RLTask:
@@ -52,6 +55,7 @@ class RLTask:
         seed: of the run; every draw is a function of (seed, epoch, example id, sample).
         reference: the policy to stay close to; None: a frozen copy of this one as it is now, where
             ``objective.kl_coefficient`` is above 0.
+        encoder: makes token ids of a causal model's prompts; None for an encoder-decoder.
 
     Raises:
         ValueError: parts that do not go together.
@@ -69,11 +73,14 @@ class RLTask:
         development: Development,
         seed: int,
         reference: Reference | None = None,
+        encoder: Encoder | None = None,
     ) -> None:
+        take_ends(policy, encoder)
         self.policy = policy
+        self.encoder = encoder
         self.examples = examples
         self.method = method.resolved()
-        check_parts(self.method, step, gradient, reward.weights)
+        check_parts(self.method, step, gradient, reward.names, reward.weights)
         self.config = step
         self.reward = reward
         self.development = development
@@ -91,7 +98,7 @@ class RLTask:
         self.memory = CapabilityMemory()
         self.queue = RewardQueue(method.baseline.queue_size)
         self.logged = set(sorted(example.id for example in examples)[: step.logged_prompts])
-        self._seconds: dict[str, float] = defaultdict(float)
+        self._clock = Stopwatch(policy.device)
         self._reward_state = reward.state_dict()
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
         self._experience: Experience | None = None  # of the batch that further updates learn from
@@ -109,7 +116,7 @@ class RLTask:
     def compute(self, epoch: int, batch: int) -> Update:
         """One update: of a new batch of samples, or one more of the batch before; without side effects on memory, queue
         or parameters."""
-        self._seconds = defaultdict(float)
+        self._clock = Stopwatch(self.policy.device)
         batch, update = divmod(batch, self.config.num_updates)
         if update and self._experience is not None and self._experience.is_of(epoch, batch):
             return self._learn_again(self._experience, update)
@@ -123,7 +130,7 @@ class RLTask:
         drawn, graph = self._draw(prompts, planned.plan, epoch)  # stage one
         rollouts, counts = handle_duplicates(drawn, self.config.duplicates if graph is None else "keep")
         rewards = self._rewards(prompts, rollouts, counts, epoch, batch)
-        self._count_abstentions()
+        self._end_reward_step()
         queue = self.queue.copy()
         queue.push(self.processes.gather(rewards.values.repeat_interleave(rewards.counts).tolist()))
         records = self._records(prompts, rollouts, rewards, epoch)  # eq. 6, eq. 7
@@ -144,7 +151,7 @@ class RLTask:
             rollouts=rollouts,
             rewards=rewards,
             records=records,
-            seconds=self._seconds,
+            seconds=self._clock.seconds,
         )
         metrics = step_metrics(outcome, self.method.allocation, self.method.objective, self.processes)
         metrics |= fixed.metrics | learnt.metrics
@@ -158,8 +165,11 @@ class RLTask:
             self._epoch = (epoch, shuffled_batches(len(self.examples), self.config.batch_size, self.seed, epoch))
         indices = self._epoch[1][batch]
         mine = [indices[i] for i in self.processes.shard(len(indices))]
+        examples = [self.examples[i] for i in mine]
+        if self.encoder is not None:
+            return make_causal_prompts(examples, self.encoder)
         limit = min(self.config.max_source_tokens, self.policy.max_length)
-        return make_prompts([self.examples[i] for i in mine], self.policy.tokenizer, limit)
+        return make_prompts(examples, self.policy.tokenizer, limit)
 
     def evaluate(self) -> dict[str, float]:
         return self.development.evaluate(self.policy)
@@ -264,10 +274,11 @@ class RLTask:
 
         return commit
 
-    def _count_abstentions(self) -> None:
-        """Close the step for the reward's counters, which are the same on every process."""
-        counts = self.processes.gather([self.reward.counts])
-        self.reward.end_step(StepCounts(*(sum(column) for column in zip(*counts, strict=True))))
+    def _end_reward_step(self) -> None:
+        """Close the step for the reward's counters and cache, which are the same on every process."""
+        parts = self.processes.gather([(self.reward.counts, self.reward.fresh_scores)])
+        counts = StepCounts(*(sum(column) for column in zip(*(own for own, _ in parts), strict=True)))
+        self.reward.end_step(counts, [fresh for _, fresh in parts])
 
     def _plan(self, prompts: Prompts, epoch: int, batch: int) -> Planned:
         """Look up Cap_x, estimate it greedily where it is not known, and allocate over the whole step."""
@@ -296,12 +307,12 @@ class RLTask:
             return {}, 0
         part = prompts.select(missing)
         with self._clock("sample"):
-            greedy = self.sampler.sample(part, SamplingPlan.greedy(len(part)), epoch, self.method.capability.records)
+            greedy = self._sample(part, SamplingPlan.greedy(len(part)), epoch)
         once = torch.ones(len(part), dtype=torch.int64)
         if self.method.capability.estimator == "entropy":  # eq. 7 asks for no reward
             rewards = Rewards(torch.zeros(len(part), dtype=torch.float64), once)
         else:
-            rewards = self._rewards(part, greedy, once, epoch, batch)
+            rewards = rewards_of(self._score(part, greedy, epoch, batch), once, greedy.texts)
         records = self._records(part, greedy, rewards, epoch, greedy=True)
         first = {i: record for i, record in zip(missing, records, strict=True) if record is not None}
         return first, int(greedy.mask.sum())
@@ -311,7 +322,7 @@ class RLTask:
         at_sampling = self.method.objective.score_temperature == "sampling"
         with self._clock("sample"):
             if self.stage_two.config.kind == "two_stage":
-                return self.sampler.sample(prompts, plan, epoch, self.method.capability.records), None
+                return self._sample(prompts, plan, epoch), None
             if self.stage_two.critic is None:
                 drawn, log_probs = sample_with_graph(self.policy, prompts, plan, self.sampler, epoch, at_sampling)
                 return drawn, Graph(log_probs=log_probs)
@@ -321,9 +332,24 @@ class RLTask:
             kept = torch.stack(states, 1) if states else log_probs.new_zeros(*log_probs.shape, width)
             return drawn, Graph(log_probs=log_probs, states=kept)
 
+    def _sample(self, prompts: Prompts, plan: SamplingPlan, epoch: int) -> Rollouts:
+        rollouts = self.sampler.sample(prompts, plan, epoch, self.method.capability.records)
+        return cut_at_stops(rollouts, self.policy.tokenizer, self.config.stop_strings)
+
     def _rewards(self, prompts: Prompts, rollouts: Rollouts, counts: Tensor, epoch: int, batch: int) -> Rewards:
-        if rollouts.num_rows == 0:  # a process without a share of this batch
-            return Rewards(torch.zeros(0, dtype=torch.float64), counts)
+        """Of this process's samples; normalised, where they are, over those of all processes."""
+        if rollouts.num_rows:
+            result = self._score(prompts, rollouts, epoch, batch)
+            rewards, scores = rewards_of(result, counts, rollouts.texts), result.scores
+        else:  # a process without a share of this batch
+            rewards = Rewards(torch.zeros(0, dtype=torch.float64), counts)
+            scores = torch.zeros(0, len(self.reward.weights), dtype=torch.float64)
+        if not self.reward.is_normalised:
+            return rewards
+        own = self.reward.combined(scores, rewards.counts == 0, rewards.counts, self.processes.gather)
+        return replace(rewards, normalised=own)
+
+    def _score(self, prompts: Prompts, rollouts: Rollouts, epoch: int, batch: int) -> RewardResult:
         owner = rollouts.prompt_index.tolist()
         columns = {name: [values[i] for i in owner] for name, values in prompts.columns.items()}
         lengths = rollouts.lengths.tolist()
@@ -331,18 +357,7 @@ class RLTask:
         step = (epoch * self.num_sample_batches + batch) * self.config.num_updates
         state = {"global_step": step, "epoch": epoch}
         with self._clock("reward"):
-            result = self.reward.score(columns["source"], list(rollouts.texts), ids, columns, state)
-        values = torch.where(result.abstained, 0.0, result.values.to(torch.float64))
-        if bool((values.abs() > MAX_REWARD).any()):
-            row = int((values.abs() > MAX_REWARD).nonzero()[0])
-            raise RewardError(
-                f"the reward of sample {rollouts.texts[row][:60]!r} is {float(values[row])}; beyond {MAX_REWARD:g} in "
-                "size float32 overflows. Scale the reward."
-            )
-        for name, value in result.metrics.items():
-            if not math.isfinite(value):
-                raise RewardError(f"a reward function logged {name!r} as {value}; log finite numbers only.")
-        return Rewards(values, torch.where(result.abstained, 0, counts), dict(result.metrics), result.extra)
+            return self.reward.score(columns["source"], list(rollouts.texts), ids, columns, state)
 
     def _records(
         self, prompts: Prompts, rollouts: Rollouts, rewards: Rewards, epoch: int, *, greedy: bool = False
@@ -374,20 +389,5 @@ class RLTask:
                 self._experience, self._packed = None, None
             return []
 
-        metrics = {**learnt.metrics, "tokens_sampled": 0, "seconds_score": self._seconds["score"]}
+        metrics = {**learnt.metrics, "tokens_sampled": 0, "seconds_score": self._clock.seconds["score"]}
         return Update(learnt.loss, learnt.denominator, metrics, commit)
-
-    @contextmanager
-    def _clock(self, name: str) -> Iterator[None]:
-        self._synchronize()
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self._synchronize()
-            self._seconds[name] += time.monotonic() - started
-
-    def _synchronize(self) -> None:
-        """Wait for the device: kernels are only queued, and would be timed where somebody waits for them."""
-        if self.policy.device.type == "cuda":
-            torch.cuda.synchronize(self.policy.device)
