@@ -419,7 +419,7 @@ def test_a_step_of_grpo_beside_trls(monkeypatch: pytest.MonkeyPatch, meter: Mete
     monkeypatch.setattr(language_module, "PROMPT_TOKENS", (5,))
     rows, not_run = language_module.language_model([], (4,), meter)
     assert not not_run
-    assert [row["contestant"] for row in rows] == ["esrl", "trl"]
+    assert [row["contestant"] for row in rows] == ["esrl", "trl", "trl-checkpointing"]
     assert all(row["lengths_agree"] and 3 < row["mean_length"] < 9 for row in rows)
     assert all(row["tokens_per_second"]["median"] > 0 for row in rows)
 

@@ -13,6 +13,7 @@ import pytest
 from esrl import commands
 from esrl.data.readers import load_examples
 from esrl.errors import LockedError, StorageError
+from esrl.fingerprint import fingerprint
 from esrl.training.lock import RunLock
 
 sys.path.insert(0, str(Path(__file__).parent / "training"))
@@ -149,11 +150,11 @@ def test_what_changes_no_result_may_change(assets, finished):
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_a_micro_batch_s_size_is_held_where_it_decides_the_dropout_masks(assets, tmp_path, dropout):
     config = rl_config(assets, tmp_path, {"gradient": {"dropout": dropout}})
-    held = commands._fingerprint(config, load_examples(config.data).examples)
+    held = fingerprint(config, load_examples(config.data).examples)
     assert ("gradient.micro_batch_tokens" in held) == (dropout > 0)
     assert "gradient.max_logits" not in held and "objective.alpha" in held
     config = mle_config(assets, tmp_path, {"likelihood": {"dropout": dropout}})
-    held = commands._fingerprint(config, load_examples(config.data).examples)
+    held = fingerprint(config, load_examples(config.data).examples)
     assert ("likelihood.micro_batch_tokens" in held) == (dropout > 0)
 
 

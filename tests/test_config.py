@@ -21,6 +21,7 @@ from esrl.algorithm.objectives import ObjectiveConfig
 from esrl.config import (
     METHODS,
     MLEConfig,
+    RewardModelConfig,
     RLConfig,
     data_of_flags,
     locate,
@@ -30,6 +31,8 @@ from esrl.config import (
     with_method,
 )
 from esrl.data.readers import DataConfig
+from esrl.judge import JudgeConfig
+from esrl.models.adapters import LoraSettings
 from esrl.settings import build, merge, read_toml, to_toml
 
 sys.path.insert(0, str(Path(__file__).parent / "training"))
@@ -212,6 +215,13 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_assets(tmp_path_factory.mktemp("assets"))
 
 
+LANGUAGE_MODEL: dict[str, Any] = {
+    "lora": {"rank": 4, "target_modules": ["q_proj"]},
+    "prompts": {"overlong": "truncate_left"},
+    "reward": {"model": {"path": "reward"}, "json_schema": {"path": "schema.json"}},
+}
+
+
 def test_a_dumped_configuration_builds_the_same_one(assets, tmp_path, monkeypatch):
     """From another folder, too; only resume and overwrite must be asked for again."""
     changes = {
@@ -228,6 +238,8 @@ def test_a_dumped_configuration_builds_the_same_one(assets, tmp_path, monkeypatc
     for config in (
         rl_config(assets, tmp_path / "run", changes),
         rl_config(assets, Path("out"), {**changes, **relative}, {"method": "reinforce"}),
+        rl_config(assets, tmp_path / "run", LANGUAGE_MODEL),
+        build(RewardModelConfig, {**MINIMAL, "training": {"patience": 3}}, "test"),
         mle_config(assets, tmp_path / "run", {"training": {"patience": 3}}),
         mle_config(assets, tmp_path / "run", {"model": {"path": False, "vocab_size": 100}}),
     ):
@@ -264,6 +276,7 @@ def test_every_field_has_a_docstring_and_a_default_of_its_type():
 
     visit(RLConfig)
     visit(MLEConfig)
+    visit(RewardModelConfig)
     assert len(seen) > 12
     config = make()
     assert build(RLConfig, to_toml(config), "again") == config
@@ -342,20 +355,56 @@ def test_a_home_folder_in_a_flag_is_found(monkeypatch):
     assert after.resolve(after.path or "") == Path("/home/somebody/a.tsv")
 
 
+def test_a_reward_s_own_paths_hold_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    reward = pinned(make(LANGUAGE_MODEL)).reward  # type: ignore[attr-defined]
+    assert (reward.model.path, reward.json_schema.path) == (tmp_path / "reward", tmp_path / "schema.json")
+    values = merge(MINIMAL, LANGUAGE_MODEL)
+    reward = build(RLConfig, values, "file", tmp_path / "configs").reward
+    assert (reward.model.path, reward.json_schema.path) == (
+        tmp_path / "configs" / "reward",
+        tmp_path / "configs" / "schema.json",
+    )
+
+
+def test_a_reward_model_goes_by_its_accuracy_after_an_epoch():
+    """Whatever else a file says of its training and its development data."""
+    values = {"training": {"save_steps": 7}, "development": {"data": {"path": "dev.jsonl"}}}
+    config = build(RewardModelConfig, merge(MINIMAL, values), "file")
+    assert (config.training.num_epochs, config.training.metric_for_best_model) == (1, "dev_accuracy")
+    assert config.development.metrics == ()
+
+
+def test_adapters_are_part_of_the_signature():
+    assert "|lora:" not in signature(make())
+    assert "|lora:4|seed:1|" in signature(make(lora={"rank": 4}))
+    assert make(lora={}).lora == LoraSettings() and make(lora=False).lora is None
+
+
 PROJECT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((PROJECT / "configs").rglob("*.toml"))
+CLASSES: dict[str, Any] = {"mle": MLEConfig, "sft": MLEConfig, "reward-model": RewardModelConfig, "judge": JudgeConfig}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_the_configs_are_sound_and_point_into_the_project(path):
-    assert len(CONFIGS) == 4
+    assert len(CONFIGS) == 12
     folder = path.resolve().parent
-    cls: Any = RLConfig if path.name == "rl.toml" else MLEConfig
+    cls = CLASSES.get(path.stem, RLConfig)  # named after their method, else
     values = locate(read_toml(path), folder)
     if cls is RLConfig:
         values = with_method(values, METHODS, None)
     config = settle(build(cls, values, str(path), folder), folder)
-    places = [config.output_dir, config.data.resolve(config.data.path or config.data.source)]
-    places += [Path(config.model)] if cls is RLConfig else []
+    places = [config.output_dir]
+    if cls is JudgeConfig:
+        places += [config.questions, config.templates, *config.answers]
+    else:
+        places += [config.data.resolve(config.data.path or config.data.source)]
+        development = config.development.data
+        places += [] if development is None else [development.resolve(development.path or development.source)]
+    if cls in (RLConfig, RewardModelConfig):
+        places.append(Path(config.model))
+    if cls is RLConfig and config.reward.model.path is not None:
+        places.append(config.reward.model.path)
     for place in places:
         assert Path(os.path.normpath(place)).is_relative_to(PROJECT)

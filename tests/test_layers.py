@@ -24,6 +24,7 @@ LEVELS = [
     {"training"},
     {"benchmark", "judge", "report"},
     {"config"},
+    {"building", "fingerprint"},
     {"commands"},
     {"apply", "plan", "demo"},
     {"cli"},

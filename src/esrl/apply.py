@@ -1,4 +1,4 @@
-"""`esrl evaluate` and `esrl generate`: what a trained model says, and how good it is."""
+"""`esrl evaluate`, `generate` and `merge`: how good a trained model is, what it says, and a plain folder of it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,20 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from esrl.data.examples import Example, limit_lengths, number_examples
+from esrl.building import encoder_for
+from esrl.data.conversations import Format
+from esrl.data.encoding import PromptConfig
+from esrl.data.examples import SOURCE, Example, number_examples
 from esrl.data.files import read_lines
 from esrl.data.readers import DataConfig, load_examples
 from esrl.data.tables import is_table_name
 from esrl.errors import StorageError
 from esrl.evaluation.decode import DecodingConfig, decode, on_device, source_limit
 from esrl.evaluation.scores import check_references, metrics_by_name, paired_bootstrap, score_corpus
-from esrl.models.seq2seq import MarianPolicy, load_policy
+from esrl.models.adapters import ADAPTER_CONFIG, base_of, merge_adapter
+from esrl.models.causal import CausalPolicy
+from esrl.models.load import load_policy
+from esrl.models.seq2seq import MarianPolicy
 from esrl.training.display import say
 
 
@@ -37,7 +43,7 @@ class EvaluateConfig:
     reference: Path | None = None
     """The references, line by line."""
     metrics: tuple[str, ...] = ("bleu", "chrf")
-    """bleu, chrf, rouge_l, exact_match."""
+    """bleu, chrf, rouge_l, exact_match, gsm8k."""
     against: str | None = None
     """Another model folder or file of outputs: compared by paired bootstrap."""
     num_resamples: int = 1000
@@ -48,6 +54,12 @@ class EvaluateConfig:
     """Print one JSON object instead of a table."""
     decoding: Annotated[DecodingConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=DecodingConfig)
     """How the model is asked."""
+    format: Format = "columns"
+    """What a table's records are: `columns`, or those of `instruction`, `messages` or `gsm8k` sets."""
+    template: str | None = None
+    """What makes prompts of a file's sources, as `data.template` of a run."""
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+    """How prompts become token ids of a causal model."""
 
     def __post_init__(self) -> None:
         repeated = sorted({name for name in self.metrics if self.metrics.count(name) > 1})
@@ -65,12 +77,33 @@ class GenerateConfig:
     model: Annotated[str, tyro.conf.Positional]
     """A model folder."""
     input: Path | None = None
-    """Sources, a line each, plain or gzip, or a .tsv, .jsonl (either .gz too) or .parquet file with a column `source`;
+    """Sources, a line each, plain or gzip, or a .tsv, .jsonl (either .gz too) or .parquet file with a column for them;
     unset: standard input."""
+    source_column: str = SOURCE
+    """The column of a table's sources."""
     output: Path | None = None
-    """Where the outputs go, a line each; unset: standard output."""
+    """Where the outputs go, a line each; into a .jsonl file beside the table's columns, as `answer`, which `esrl judge`
+    reads. Unset: standard output."""
     decoding: Annotated[DecodingConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=DecodingConfig)
     """How the model is asked."""
+    format: Format = "columns"
+    """What a table's records are: `columns`, or those of `instruction`, `messages` or `gsm8k` sets."""
+    template: str | None = None
+    """What makes prompts of a file's sources, as `data.template` of a run."""
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+    """How prompts become token ids of a causal model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeConfig:
+    """`esrl merge`: adapters and their base as one plain model folder."""
+
+    adapter: Annotated[str, tyro.conf.Positional]
+    """A folder of adapters, as a run with lora writes it."""
+    output: Annotated[Path, tyro.conf.Positional]
+    """The folder to write; it must be new or empty."""
+    base: str | None = None
+    """The model that the adapters belong to; unset: the one that their folder names."""
 
 
 def evaluate(
@@ -96,7 +129,7 @@ def evaluate(
     check_references(metrics, references)
     systems = [_system(name, len(examples)) for name in (config.model, config.against) if name is not None]
     outputs, *others = [
-        system if isinstance(system, list) else _answers(system, examples, config.decoding) for system in systems
+        system if isinstance(system, list) else _answers(system, examples, config) for system in systems
     ]
     result: dict[str, dict[str, Any]] = {
         name: asdict(score)
@@ -110,7 +143,7 @@ def evaluate(
     if show is not None:
         show(result)
     if config.output is not None:
-        _write(config.output, outputs)
+        _write(config.output, _lines(outputs))
     return result
 
 
@@ -142,30 +175,58 @@ def generate(config: GenerateConfig) -> list[str]:
     """The model's output for each source; a blank line gives an empty line."""
     _check_output(config.output)
     policy = on_device(load_policy(config.model))
-    outputs = _answers(policy, _examples(config.input), config.decoding)
-    if config.output is not None:
-        _write(config.output, outputs)
+    examples = _examples(config)
+    outputs = _answers(policy, examples, config)
+    if config.output is not None and config.output.suffix == ".jsonl":
+        _write(config.output, _records(examples, outputs))
+    elif config.output is not None:
+        _write(config.output, _lines(outputs))
     else:
         sys.stdout.write(_lines(outputs).decode())
         sys.stdout.flush()
     return outputs
 
 
+def merge(config: MergeConfig) -> Path:
+    """Add adapters to the weights of their base and write a plain model folder.
+
+    Raises:
+        ValueError: no folder of adapters, adapters of another model, or an output that is not empty.
+    """
+    output = config.output
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"output {output} is there already, and not empty; name a new folder.")
+    if not (Path(config.adapter) / ADAPTER_CONFIG).is_file():
+        raise ValueError(f"{config.adapter}: no {ADAPTER_CONFIG} here; give a folder of adapters as training saves it.")
+    merge_adapter(load_policy(config.base or base_of(config.adapter)), config.adapter, output)
+    return output
+
+
 def _data(config: EvaluateConfig) -> DataConfig:
     if is_table_name(config.source.name):
-        return DataConfig(path=str(config.source), reference=config.reference)
-    return DataConfig(source=config.source, reference=config.reference)
+        return DataConfig(
+            path=str(config.source), reference=config.reference, format=config.format, template=config.template
+        )
+    return DataConfig(source=config.source, reference=config.reference, template=config.template)
 
 
-def _examples(path: Path | None) -> Sequence[Example]:
+def _examples(config: GenerateConfig) -> Sequence[Example]:
+    path = config.input
     if path is None:
         return list(number_examples({"source": line} for line in _standard_input(sys.stdin.buffer)))
-    is_table = is_table_name(path.name)
-    config = DataConfig(path=str(path), reference_column=None) if is_table else DataConfig(source=path)
-    return load_examples(config, keep_blank=True).examples
+    data = DataConfig(source=path, template=config.template)
+    if is_table_name(path.name):
+        data = DataConfig(
+            path=str(path),
+            source_column=config.source_column,
+            reference_column=None,
+            format=config.format,
+            template=config.template,
+        )
+    return load_examples(data, keep_blank=True).examples
 
 
-def _system(name: str, num_examples: int) -> list[str] | MarianPolicy:
+def _system(name: str, num_examples: int) -> list[str] | MarianPolicy | CausalPolicy:
     """The outputs in a file, or a model that is to give them."""
     path = Path(name)
     if not path.is_file():
@@ -179,20 +240,23 @@ def _system(name: str, num_examples: int) -> list[str] | MarianPolicy:
     return outputs
 
 
-def _answers(policy: MarianPolicy, examples: Sequence[Example], decoding: DecodingConfig) -> list[str]:
+def _answers(
+    policy: MarianPolicy | CausalPolicy, examples: Sequence[Example], config: EvaluateConfig | GenerateConfig
+) -> list[str]:
     """The model's output for each source; a blank one is not decoded and gives an empty one."""
-
-    def tokenize(texts: list[str]) -> list[list[int]]:
-        rows: list[list[int]] = policy.tokenizer(texts)["input_ids"]
-        return rows
-
     asked = [example for example in examples if example.source.strip()]
-    limit = source_limit(policy, decoding)
-    _, report = limit_lengths(asked, tokenize, max_source_tokens=limit, max_target_tokens=None, rule="cut")
-    if report.long_sources:
-        say(f"{report.long_sources:,} of {len(asked):,} sources have more than {limit:,} tokens and were cut")
-    texts = iter(decode(policy, asked, decoding))
-    return [next(texts) if example.source.strip() else "" for example in examples]
+    encoder = encoder_for(policy, config.prompts, config.decoding.max_new_tokens)
+    if encoder is None:
+        limit, cut = source_limit(policy, config.decoding), "cut"
+        texts = [example.source for example in asked]
+        lengths = [len(ids) for ids in policy.tokenizer(texts)["input_ids"]] if texts else []
+    else:
+        limit, cut = encoder.config.max_source_tokens, "cut at their beginning"
+        lengths = [len(ids) for ids in encoder.prompt_ids(asked)]
+    if long := sum(length > limit for length in lengths):
+        say(f"{long:,} of {len(asked):,} sources have more than {limit:,} tokens and were {cut}")
+    outputs = iter(decode(policy, asked, config.decoding, encoder))
+    return [next(outputs) if example.source.strip() else "" for example in examples]
 
 
 def _standard_input(stream: Iterable[bytes]) -> Iterator[str]:
@@ -211,8 +275,7 @@ def _check_output(path: Path | None) -> None:
         raise ValueError(f"output {path}: there is no folder {path.parent}; make it first.")
 
 
-def _write(path: Path, texts: Sequence[str]) -> None:
-    data = _lines(texts)
+def _write(path: Path, data: bytes) -> None:
     try:
         path.write_bytes(data)
     except OSError as error:
@@ -224,3 +287,9 @@ def _write(path: Path, texts: Sequence[str]) -> None:
 def _lines(texts: Sequence[str]) -> bytes:
     """A text per line; a line break within a text becomes a blank, so that line n stays output n."""
     return "".join(" ".join(text.splitlines()) + "\n" for text in texts).encode()
+
+
+def _records(examples: Sequence[Example], texts: Sequence[str]) -> bytes:
+    """A JSON object per example: its columns, and the text as ``answer``."""
+    rows = ({**example.columns, "answer": text} for example, text in zip(examples, texts, strict=True))
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()

@@ -17,11 +17,13 @@ esrl: reinforcement learning for sequence generation that spends its samples whe
 
   esrl demo                        the built-in task, start to report; needs no file and no network
   esrl data NAME                   fetch a public data set (multi30k)
-  esrl mle CONFIG.toml             maximum likelihood, from scratch or from a model folder
-  esrl rl CONFIG.toml              reinforcement learning: ESRL, REINFORCE, MRT
+  esrl mle CONFIG.toml             maximum likelihood, fine-tuning: from scratch or from a model folder
+  esrl reward-model CONFIG.toml    a score for answers, from pairs of a better and a worse one
+  esrl rl CONFIG.toml              reinforcement learning: ESRL, REINFORCE, MRT, GRPO, RLOO, PPO
   esrl plan CONFIG.toml            how would the sampling budget be spent? no training
   esrl evaluate MODEL              decode and score a test set, paired bootstrap, --json
   esrl generate MODEL              lines in, lines out
+  esrl merge ADAPTER OUTPUT        low-rank adapters and their base as one plain model folder
   esrl judge CONFIG.toml           answers judged by a language model behind an OpenAI-compatible endpoint, --json
   esrl report RUN [RUN ...]        one HTML file from one or several runs, or from a benchmark's results
   esrl benchmark                   stage one against its peers on this machine
@@ -224,6 +226,13 @@ def _mle(rest: list[str]) -> int:
     return _report_run(commands.mle(_configured(MLEConfig, "mle", rest)))
 
 
+def _reward_model(rest: list[str]) -> int:
+    from esrl import commands
+    from esrl.config import RewardModelConfig
+
+    return _report_run(commands.reward_model(_configured(RewardModelConfig, "reward-model", rest)))
+
+
 def _rl(rest: list[str]) -> int:
     from esrl import commands
     from esrl.config import METHODS, RLConfig
@@ -253,6 +262,12 @@ def _generate(rest: list[str]) -> int:
 
     generate(_flags_only(GenerateConfig, "generate", rest))
     return 0
+
+
+def _merge(rest: list[str]) -> int:
+    from esrl.apply import MergeConfig, merge
+
+    return _tell(f"model: {merge(_flags_only(MergeConfig, 'merge', rest))}")
 
 
 def _judge(rest: list[str]) -> int:
@@ -302,10 +317,12 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "demo": _demo,
     "data": _data,
     "mle": _mle,
+    "reward-model": _reward_model,
     "rl": _rl,
     "plan": _plan,
     "evaluate": _evaluate,
     "generate": _generate,
+    "merge": _merge,
     "judge": _judge,
     "report": _report,
     "benchmark": _benchmark,

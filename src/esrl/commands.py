@@ -15,24 +15,38 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
-from esrl.algorithm.streams import stream_key
-from esrl.config import MLEConfig, ModelConfig, RLConfig, RunConfig, pinned, signature
-from esrl.data.examples import Example, limit_lengths
-from esrl.data.files import nearest
+from esrl.building import (
+    encoder_for,
+    fine_tuning_task,
+    likelihood_task,
+    models_of,
+    pair_encoder,
+    reference_of,
+    require_dropout,
+    starting_policy,
+    tell_lengths,
+    with_adapters,
+    within_limits,
+    within_prompts,
+)
+from esrl.config import MLEConfig, RewardModelConfig, RLConfig, RunConfig, absolute_model, pinned, signature
+from esrl.data.examples import Example
+from esrl.data.preferences import limit_pairs
 from esrl.data.readers import DataConfig, load_examples
 from esrl.evaluation.development import Development
 from esrl.evaluation.scores import check_references, metrics_by_name
+from esrl.fingerprint import accepted, fingerprint, flatten
 from esrl.judge import JudgeConfig, run_judge
-from esrl.models.seq2seq import PRESETS, MarianPolicy, load_policy, new_policy
-from esrl.models.tokenizer import train_tokenizer
+from esrl.models.causal import CausalPolicy
+from esrl.models.load import load_policy
 from esrl.report import write_report
-from esrl.rewards.calling import METRICS, build_reward
+from esrl.rewards.calling import METRICS, RewardConfig, build_reward
+from esrl.rewards.text import ExactMatch, Metric
 from esrl.settings import to_toml
-from esrl.training.checkpoint import unpack_json
 from esrl.training.display import say
 from esrl.training.loop import Loop, LoopState
 from esrl.training.method import Method
-from esrl.training.mle import MLETask
+from esrl.training.reward_model import RewardModelTask, load_classifier
 from esrl.training.rl import RLTask
 from esrl.training.run_folder import RESULT, RunFolder, environment, plain
 from esrl.training.storage import remove_tree
@@ -41,16 +55,10 @@ from esrl.training.task import Task
 REPORT = "report.html"
 START = "start"
 """Where a run from scratch keeps its tokenizer and architecture."""
-
-# they change no result, so a resumed run may have others: a smaller cache where memory ran out, say
-_FREE = {
-    *("gradient.micro_batch_tokens", "gradient.max_prompt_tokens", "gradient.max_logits"),
-    *("likelihood.micro_batch_tokens", "step.logged_prompts"),
-    *("sampling.max_cache_tokens", "sampling.max_prompt_tokens", "sampling.compaction_share", "sampling.max_logits"),
-    *("reward.timeout_seconds", "reward.max_abstain_share", "reward.abstain_window"),
-}
-_MASKS = {"gradient.micro_batch_tokens", "gradient.max_prompt_tokens", "likelihood.micro_batch_tokens"}
-"""What decides which dropout masks are drawn."""
+PAIRS = "reward_model.json"
+"""How good a reward model is on the development pairs."""
+LOG_PROB = "dev_log_prob"
+PAIR_SCORES = ("dev_accuracy", "dev_margin", "dev_accuracy_chosen_shorter", "dev_accuracy_matched")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,18 +80,24 @@ class RunResult:
 
 
 def mle(config: MLEConfig) -> RunResult:
-    """Maximum likelihood, from scratch or from a model folder."""
+    """Maximum likelihood, from scratch or from a model folder; of a causal model, supervised fine-tuning."""
+    if not config.development.metrics and config.training.metric_for_best_model == "dev_bleu":
+        training_config = dataclasses.replace(config.training, metric_for_best_model=LOG_PROB)
+        config = dataclasses.replace(config, training=training_config)
     accelerator = _accelerator(config)
     run = _run_folder(config, accelerator)
     with run.claim():
         training = _load(config.data, run.is_main)
-        development = _development(config, run.is_main)
+        development = _load(config.development.data, run.is_main)
         _require(training, ("reference",), "maximum likelihood", config.data)
-        policy = _policy(config, run, training)
+        policy = starting_policy(config, run.path / START if run.has_checkpoint else None, training)
         policy.model.to(accelerator.device)
-        limits = config.likelihood
-        kept = _within(training, policy, limits.max_source_tokens, limits.max_target_tokens, accelerator)
-        task = MLETask(policy, kept, limits, development, config.seed)
+        task: Task
+        if isinstance(policy, CausalPolicy):
+            task = fine_tuning_task(config, policy, training, development, run.is_main)
+        else:
+            _check_best_metric(config, _decoded(config))
+            task = likelihood_task(config, policy, training, development, run.is_main)
         return _train(config, run, task, training, accelerator, "mle")
 
 
@@ -93,6 +107,36 @@ def rl(config: RLConfig) -> RunResult:
     run = _run_folder(config, accelerator)
     with run.claim(), make_rl_task(config, accelerator) as task:
         return _train(config, run, task, task.examples, accelerator, signature(config))
+
+
+def reward_model(config: RewardModelConfig) -> RunResult:
+    """A reward model from pairs of a better and a worse answer; how good it is stands in reward_model.json."""
+    accelerator = _accelerator(config)
+    run = _run_folder(config, accelerator)
+    with run.claim():
+        training = _load(config.data, run.is_main)
+        development = _load(config.development.data, run.is_main)
+        _require_pairs(training, "data")
+        _require_pairs(development, "development.data")
+        model, tokenizer = load_classifier(config.model, config.seed)
+        if config.reward_model.use_dropout:
+            require_dropout(model, "reward_model.use_dropout")
+        encoder = pair_encoder(model, tokenizer, config.prompts)
+        pairs = []
+        for examples in (training, development):
+            kept, report = limit_pairs(examples, encoder)
+            tell_lengths(report, run.is_main)
+            pairs.append(kept)
+        task = RewardModelTask(
+            model.to(accelerator.device),
+            tokenizer,
+            encoder,
+            pairs[0],
+            config.reward_model,
+            config.seed,
+            development=pairs[1],
+        )
+        return _train(config, run, task, training, accelerator, "reward-model")
 
 
 def judge(config: JudgeConfig) -> dict[str, Any]:
@@ -108,15 +152,21 @@ def judge(config: JudgeConfig) -> dict[str, Any]:
 def make_rl_task(config: RLConfig, accelerator: Accelerator | None = None) -> Iterator[RLTask]:
     """Put an RL step together: data, development set, reward, model, method."""
     accelerator = accelerator or _accelerator(config)
-    training = _load(config.data, accelerator.is_main_process)
-    development = _development(config, accelerator.is_main_process)
+    show = accelerator.is_main_process
+    training = _load(config.data, show)
+    examples = _load(config.development.data, show)
     with build_reward(config.reward) as reward:
         reward.check_columns(training[0].columns)
-        built_in = [METRICS[name]() for name in config.reward.names if name in METRICS]
+        built_in = _metrics(config.reward)
         check_references(built_in, (example.columns["reference"] for example in training if built_in))
-        policy = load_policy(config.model)
+        # adapters name their base, which must be found from anywhere
+        policy = with_adapters(load_policy(absolute_model(config.model)), config.lora, config.seed)
         policy.model.to(accelerator.device)
-        kept = _within(training, policy, config.step.max_source_tokens, None, accelerator)
+        encoder = encoder_for(policy, config.prompts, config.sampling.max_new_tokens)
+        if encoder is None:
+            kept = within_limits(training, policy, config.step.max_source_tokens, None, show)
+        else:
+            kept = within_prompts(training, encoder, show, with_answers=False)
         method = Method(
             allocation=config.allocation,
             capability=config.capability,
@@ -124,8 +174,24 @@ def make_rl_task(config: RLConfig, accelerator: Accelerator | None = None) -> It
             baseline=config.baseline,
         )
         yield RLTask(
-            policy, kept, method, config.step, config.sampling, config.gradient, reward, development, config.seed
+            policy,
+            kept,
+            method,
+            config.step,
+            config.sampling,
+            config.gradient,
+            reward,
+            Development(examples, config.development.metrics, config.development.decoding, encoder),
+            config.seed,
+            reference_of(policy, config),
+            encoder,
         )
+
+
+def _metrics(config: RewardConfig) -> list[Metric]:
+    """The text metrics among the rewards, with their settings."""
+    names = [name for name in config.names if name in METRICS]
+    return [ExactMatch(config.exact_match) if name == "exact_match" else METRICS[name]() for name in names]
 
 
 def _train(
@@ -137,7 +203,7 @@ def _train(
     label: str,
 ) -> RunResult:
     """Run the loop and write what a run leaves behind. The folder is begun last, when nothing else can be refused."""
-    fingerprint = _fingerprint(config, examples)
+    held = fingerprint(config, examples)
     tracker = accelerator.log if config.report_to else None
     loop = Loop(
         task,
@@ -145,7 +211,7 @@ def _train(
         config.optimizer,
         run,
         config.seed,
-        _accepted(config, run, fingerprint),
+        accepted(config, run, held),
         None if tracker is None else lambda values, step: tracker(_numbers(values), step=step),
     )
     with run:
@@ -154,50 +220,30 @@ def _train(
             accelerator.init_trackers("esrl", config=_flat(config))
         if run.is_main and not run.has_checkpoint and isinstance(config, MLEConfig) and config.model.path is None:
             run.write_model(task.export(), START)
-        _resume(config, loop, task, fingerprint)
+        _resume(config, loop, task, held)
         if run.is_main and not loop.was_complete:
             run.write_config(to_toml(pinned(config)))
             run.write_json("environment.json", environment() | {"signature": label})
             say(label)
         state = loop.run()
         # a run may have been killed between its last checkpoint and its report
-        if run.is_main and not (loop.was_complete and _is_finished(run, state)):
-            _finish(run, state, label)
+        if not (loop.was_complete and _is_finished(run, state)):
+            if isinstance(task, RewardModelTask):
+                accelerator.wait_for_everyone()  # the best model is read by all processes
+                _judge_pairs(run, task)
+            if run.is_main:
+                _finish(run, state, label)
         accelerator.end_training()
     return _result(config.output_dir, state, loop.was_complete)
 
 
-def _resume(config: RunConfig, loop: Loop, task: Task, fingerprint: dict[str, Any]) -> None:
+def _resume(config: RunConfig, loop: Loop, task: Task, held: dict[str, Any]) -> None:
     """Take the run up; accepted changes belong to it from here on."""
     loop.resume()
-    loop.fingerprint = fingerprint
+    loop.fingerprint = held
     state = loop.state
     if config.accept_changes and state.batch >= task.num_batches(state.epoch):  # the epoch has become shorter
         state.epoch, state.batch = state.epoch + 1, 0
-
-
-def _accepted(config: RunConfig, run: RunFolder, fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """The fingerprint with what the checkpoint has at the settings that may differ.
-
-    Raises:
-        ValueError: no such setting is compared.
-    """
-    checkpoint = run.latest() if config.accept_changes else None
-    if checkpoint is None:
-        return fingerprint
-    state: Any = unpack_json(checkpoint.files["state.json"])
-    saved, result = state["fingerprint"], dict(fingerprint)
-    known = sorted({*saved, *fingerprint})
-    for key in config.accept_changes:
-        if key not in known:
-            raise ValueError(
-                f"accept_changes names {key!r}{nearest(key, known)}, which no resumed run is held to; leave it out."
-            )
-        before, now = saved.get(key), fingerprint.get(key)
-        if run.is_main and before != now:
-            say(f"accepted: {key} was {before!r} and is {now!r} from here on")
-        result[key] = before
-    return result
 
 
 def _is_finished(run: RunFolder, state: LoopState) -> bool:
@@ -207,6 +253,23 @@ def _is_finished(run: RunFolder, state: LoopState) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(result, dict) and result.get("steps") == state.step and (run.path / REPORT).is_file()
+
+
+def _judge_pairs(run: RunFolder, task: RewardModelTask) -> None:
+    """Write, and say, how good the best reward model is on the development pairs; all processes take part."""
+    if not task.development:
+        return
+    best, _ = load_classifier(run.path / "model", task.seed)
+    task.model.load_state_dict(best.state_dict())
+    report = task.report()
+    assert report is not None
+    if run.is_main:
+        run.write_json(PAIRS, dataclasses.asdict(report))
+        low, high = report.accuracy_low, report.accuracy_high
+        say(
+            f"{report.pairs:,} development pairs: accuracy {report.accuracy:.1%} ({low:.1%} to {high:.1%}), preferring "
+            f"the longer answer {report.length_accuracy:.1%}; calibration error {report.ece:.3f}"
+        )
 
 
 def _finish(run: RunFolder, state: LoopState, label: str) -> None:
@@ -249,14 +312,11 @@ def _accelerator(config: RunConfig) -> Accelerator:
 
 def _run_folder(config: RunConfig, accelerator: Accelerator) -> RunFolder:
     """The run's folder, not begun; what the configuration alone shows to be wrong is refused."""
-    _check_best_metric(config)
-    model = config.model if isinstance(config, RLConfig) else None
-    model = config.model.path if isinstance(config, MLEConfig) else model
-    if config.overwrite and model is not None and Path(model).exists():
-        inside = Path(model).resolve().is_relative_to(config.output_dir.resolve())
-        if inside:
+    _check_best_metric(config, _scores(config))
+    for model in models_of(config) if config.overwrite else ():
+        if Path(model).exists() and Path(model).resolve().is_relative_to(config.output_dir.resolve()):
             raise ValueError(
-                f"the model to start from, {model}, lies in {config.output_dir}, which --overwrite deletes. "
+                f"the model that the run needs, {model}, lies in {config.output_dir}, which --overwrite deletes. "
                 "Choose another output_dir, or copy the model elsewhere first."
             )
     return RunFolder(
@@ -268,22 +328,28 @@ def _run_folder(config: RunConfig, accelerator: Accelerator) -> RunFolder:
     )
 
 
-def _load(data: DataConfig, show: bool) -> Sequence[Example]:
+def _load(data: DataConfig | None, show: bool) -> Sequence[Example]:
+    if data is None:
+        return ()
     loaded = load_examples(data)
     if show:
         say(loaded.report)
     return loaded.examples
 
 
-def _development(config: RunConfig, show: bool) -> Development:
-    development = config.development
-    examples = () if development.data is None else _load(development.data, show)
-    return Development(examples, development.metrics, development.decoding)
+def _scores(config: RunConfig) -> list[str]:
+    """What a run's evaluations may be compared by."""
+    if isinstance(config, RewardModelConfig):
+        return list(PAIR_SCORES)
+    return [*_decoded(config), LOG_PROB] if isinstance(config, MLEConfig) else _decoded(config)
 
 
-def _check_best_metric(config: RunConfig) -> None:
+def _decoded(config: RunConfig) -> list[str]:
+    return [f"dev_{name}" for name in config.development.metrics]
+
+
+def _check_best_metric(config: RunConfig, names: Sequence[str]) -> None:
     metrics_by_name(config.development.metrics)
-    names = [f"dev_{name}" for name in config.development.metrics]
     chosen = config.training.metric_for_best_model
     if config.development.data is not None and chosen not in names:
         raise ValueError(
@@ -297,66 +363,16 @@ def _require(examples: Sequence[Example], columns: Sequence[str], who: str, data
             raise ValueError(f"{who} needs a {name} for every example, and the data has none; set data.{name}.")
 
 
-def _within(
-    examples: Sequence[Example],
-    policy: MarianPolicy,
-    max_source_tokens: int,
-    max_target_tokens: int | None,
-    accelerator: Accelerator,
-) -> Sequence[Example]:
-    """Leave out what is longer than the limits or the model allows, and say so."""
-
-    def tokenize(texts: list[str]) -> list[list[int]]:
-        rows: list[list[int]] = policy.tokenizer(texts)["input_ids"]
-        return rows
-
-    kept, report = limit_lengths(
-        examples,
-        tokenize,
-        max_source_tokens=min(max_source_tokens, policy.max_length),
-        max_target_tokens=None if max_target_tokens is None else min(max_target_tokens, policy.max_length),
-        rule="skip",
-    )
-    if accelerator.is_main_process and report.skipped:
-        say(report)
-    return kept
-
-
-def _policy(config: MLEConfig, run: RunFolder, training: Sequence[Example]) -> MarianPolicy:
-    """The model to train: a folder's, or a new one whose tokenizer and first weights stay in the run folder."""
-    model: ModelConfig = config.model
-    if model.path is not None:
-        return load_policy(model.path)
-    if not run.has_checkpoint:  # a start that no checkpoint goes back to may be another configuration's
-        texts = [text for example in training for text in (example.columns["source"], example.columns["reference"])]
-        tokenizer = train_tokenizer(texts, model.vocab_size, model.max_length)
-        return new_policy(PRESETS[model.preset], tokenizer, model.max_length, config.seed)
-    return load_policy(run.path / START)
-
-
-def _fingerprint(config: RunConfig, examples: Sequence[Example]) -> dict[str, Any]:
-    """What must be the same when a run is resumed: the data, and every setting that has a say in the result and is not
-    of length, saving and looking."""
-    free = {"output_dir", "report_to", "training", "development", "data"}
-    settings = {key: value for key, value in to_toml(pinned(config)).items() if key not in free}
-    digest = stream_key(*(example.id for example in examples))
-    flat = _flatten(settings)
-    has_dropout = flat.get("gradient.dropout") or flat.get("likelihood.dropout")
-    ignored = _FREE - _MASKS if has_dropout else _FREE
-    held = {key: value for key, value in flat.items() if key not in ignored}
-    return {**held, "data": f"{len(examples)} examples, {digest:032x}"}
-
-
-def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        nested = isinstance(value, dict)
-        result |= _flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return result
+def _require_pairs(examples: Sequence[Example], name: str) -> None:
+    if examples and not {"reference", "rejected"} <= examples[0].columns.keys():
+        raise ValueError(
+            f'{name} are no pairs of answers, which a reward model learns from; set {name}.format = "preferences", '
+            "with the columns prompt, chosen and rejected."
+        )
 
 
 def _flat(config: RunConfig) -> dict[str, Any]:
-    flat = _flatten(plain(dataclasses.asdict(config)))
+    flat = flatten(plain(dataclasses.asdict(config)))
     return {key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in flat.items()}
 
 

@@ -117,7 +117,7 @@ def test_encoding_in_parts_equals_the_whole(random32, prompts, monkeypatch):
     assert torch.equal(parts.mask, whole.mask)
     real = prompts.mask[:, None, :, None]
     for one, other in zip(parts.tensors, whole.tensors, strict=True):
-        torch.testing.assert_close(one * real, other.detach() * real, rtol=0, atol=1e-5)
+        torch.testing.assert_close(one * real, other.detach() * real, rtol=0, atol=2e-4)
 
 
 def test_dropout_in_the_encoder_is_the_same_with_and_without_a_graph(make_policy, prompts, monkeypatch):

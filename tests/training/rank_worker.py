@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from language_helpers import classifier
+from language_helpers import tokenizer as byte_level
 from safetensors.torch import save_file
 from torch import nn
 
@@ -33,6 +35,8 @@ from esrl.evaluation.development import Development
 from esrl.models.seq2seq import Preset, new_policy
 from esrl.models.tokenizer import train_tokenizer
 from esrl.rewards.calling import RewardConfig, build_reward
+from esrl.rewards.model import ModelRewardConfig
+from esrl.rewards.reading import ReadingConfig
 from esrl.sampling.engine import SamplingConfig
 from esrl.training.checkpoint import CheckpointStore
 from esrl.training.gradient import GradientConfig
@@ -61,9 +65,21 @@ METHODS: dict[str, tuple[ObjectiveConfig, BaselineConfig, StepConfig]] = {
     ),
 }
 ESRL = (ObjectiveConfig(alpha=0.1), BaselineConfig(queue_size=20), StepConfig(batch_size=BATCH))
+REWARDS = ("normalised", "model")
+"""Kinds of ESRL with other rewards."""
 
 
-def make_task(kind: str, num_examples: int) -> RLTask:
+def reward_config(kind: str, output: Path) -> RewardConfig:
+    if kind == "normalised":
+        return RewardConfig(names=("chrf", "rouge_l"), weights=(1.0, 2.0), normalise="each")
+    if kind == "model":
+        reading = ReadingConfig(form="template", template="{prompt} {completion}")
+        model = ModelRewardConfig(path=output / "reward-model", reading=reading, device="cpu")
+        return RewardConfig(names=("model",), model=model)
+    return RewardConfig(names=("chrf",))
+
+
+def make_task(kind: str, num_examples: int, output: Path) -> RLTask:
     examples = make_examples(num_examples, 1, "train")
     tokenizer = train_tokenizer([text for example in examples for text in example.columns.values()], 100, 60)
     policy = new_policy(Preset(width=32, layers=1, heads=2, inner_width=48), tokenizer, 60, 3)
@@ -75,23 +91,23 @@ def make_task(kind: str, num_examples: int) -> RLTask:
         examples,
         Method(
             allocation=AllocationConfig(max_samples=5, elimination_ratio=0.5),
-            capability=CapabilityConfig(),
+            capability=CapabilityConfig(estimator="reward" if kind == "model" else "metric"),
             objective=objective,
             baseline=baseline,
         ),
         step,
         SamplingConfig(max_new_tokens=10),
         GradientConfig(kind="graph" if kind == "graph" else "two_stage", micro_batch_tokens=40),
-        build_reward(RewardConfig(names=("chrf",))),
+        build_reward(reward_config(kind, output)),
         Development([], (), DecodingConfig()),
         seed=4,
     )
 
 
-def run(kind: str, num_examples: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def run(kind: str, num_examples: int, output: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Two epochs of two steps, or one of two batches and four updates: what was logged and remembered, and every step's
     summed gradient."""
-    task, tensors = make_task(kind, num_examples), {}
+    task, tensors = make_task(kind, num_examples, output), {}
     optimizer = Optimizer(task.model, OptimizerConfig(learning_rate=1e-3))
     record: dict[str, Any] = {"steps": []}
     several = task.config.num_updates > 1
@@ -144,8 +160,8 @@ def rank_main(rank: int, size: int, num_examples: int, output: Path) -> None:
     name = f"{num_examples}-{rank}-of-{size}"
     join(output / f"{num_examples}-store", rank, size)
     record: dict[str, Any] = {"primitives": primitives()}
-    for kind in ("two_stage", "graph", *METHODS):
-        record[kind], tensors = run(kind, num_examples)
+    for kind in ("two_stage", "graph", *METHODS, *REWARDS):
+        record[kind], tensors = run(kind, num_examples, output)
         save_file(tensors, output / f"{name}-{kind}.safetensors")
     (output / f"{name}.json").write_text(json.dumps(record))
     if size > 1:
@@ -156,7 +172,7 @@ def train(rank: int, folder: Path, store: Path, *, fails: bool) -> None:
     """Four steps in the loop, resumed where there is something to resume; with ``fails`` the reward of rank 1 raises
     in the third one."""
     join(store, rank, 2)
-    task = make_task("two_stage", 9)
+    task = make_task("two_stage", 9, folder)
     if fails and rank == 1:
         real = task.reward.score
 
@@ -211,6 +227,8 @@ def forked(work: Callable[[], None], error: Path) -> int:
 def main() -> None:
     torch.set_num_threads(1)
     output = Path(sys.argv[1])
+    classifier(dtype=torch.float32).save_pretrained(output / "reward-model")
+    byte_level().save_pretrained(output / "reward-model")
     for num_examples in map(int, sys.argv[2:]):
         pids = [
             forked(

@@ -8,7 +8,7 @@ import pytest
 
 from esrl.training.alarms import AlarmConfig, State, new_state, observe_evaluation, observe_step
 
-CONFIG = AlarmConfig(window=4, evaluations=2, max_kl=5.0, max_equal_share=0.5)
+CONFIG = AlarmConfig(window=4, evaluations=2, metric="dev_bleu", max_kl=5.0, max_equal_share=0.5)
 
 
 def steps(name: str, values: list[float], state: State | None = None, start: int = 1) -> tuple[State, list[str]]:
@@ -100,6 +100,7 @@ def test_observing_changes_nothing_but_the_new_state():
 
 def test_an_evaluation_without_the_metric_is_not_judged():
     assert observe_evaluation(new_state(), 1, {"dev_chrf": 1.0}, CONFIG) == (new_state(), [])
+    assert observe_evaluation(new_state(), 1, {"dev_bleu": 1.0}, AlarmConfig()) == (new_state(), [])  # none is named
 
 
 @pytest.mark.parametrize(

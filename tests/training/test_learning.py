@@ -21,6 +21,7 @@ from esrl.algorithm.capability import CapabilityConfig
 from esrl.algorithm.kl import steered
 from esrl.algorithm.objective_config import CriticConfig
 from esrl.algorithm.objectives import ObjectiveConfig, objective_loss
+from esrl.data.encoding import Encoder, PromptConfig
 from esrl.evaluation.decode import DecodingConfig
 from esrl.evaluation.development import Development
 from esrl.models.causal import CausalPolicy
@@ -69,6 +70,7 @@ def make_task(make_policy, examples) -> MakeTask:
             Development([], (), DecodingConfig()),
             seed=3,
             reference=reference,
+            encoder=Encoder(policy.tokenizer, PromptConfig()) if isinstance(policy, CausalPolicy) else None,
         )
         if task.stage_two.critic is not None:
             generator = torch.Generator().manual_seed(1)

@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from run_helpers import evaluations_of, json_lines, metric_rows, saved_state, st
 from torch import nn
 
 from esrl.errors import Interrupted, NumericsError
+from esrl.report.runs import read_run
+from esrl.training.alarms import AlarmConfig
 from esrl.training.checkpoint import CheckpointStore, unpack_tensors
-from esrl.training.loop import Loop, LoopConfig, Update
+from esrl.training.loop import Loop, LoopConfig, LoopState, Update
 from esrl.training.optimization import OptimizerConfig
 from esrl.training.run_folder import RunFolder
 
@@ -391,3 +393,62 @@ def test_one_more_in_a_row_than_allowed_stops_the_run_also_after_a_resume(tmp_pa
     loop = run_loop(tmp_path, SpoiltTask(2, 3, 4), resume=True, skip_nonfinite=3)
     assert loop.state.step == 8 and loop.state.skipped == 0
     assert [row["step"] for row in steps_of(tmp_path) if row.get("skipped")] == [2, 3, 4]
+
+
+class TellingTask(WalkTask):
+    """Its reward rises by a tenth with every step, and from the fifth on its answers are three times as long."""
+
+    def compute(self, epoch: int, batch: int) -> Update:
+        update, number = super().compute(epoch, batch), epoch * BATCHES + batch
+        figures = {"reward_mean": 0.1 * number, "length_mean": 10.0 if number < 4 else 30.0}
+        return replace(update, metrics={**update.metrics, **figures})
+
+
+ALARMED = replace(CONFIG, alarms=AlarmConfig(window=2, evaluations=2))
+FALLING = [9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]
+
+
+def alarms_of(folder: Path) -> list[dict[str, Any]]:
+    return [row for row in json_lines(folder / "metrics.jsonl") if row.get("kind") == "alarm"]
+
+
+def test_alarms_are_said_and_logged_once_and_change_nothing(tmp_path, capsys):
+    """The metric is that of the best model; two evaluations below the best are at step 2, lengths beyond twice those
+    of steps 1 and 2, on average over two steps, at step 6."""
+    loop = run_loop(tmp_path / "alarmed", TellingTask(FALLING), ALARMED)
+    lines = alarms_of(tmp_path / "alarmed")
+    assert [(line["step"], line["alarm"].partition(":")[0]) for line in lines] == [
+        (2, "reward up, dev_score down"),
+        (6, "length drift"),
+    ]
+    assert all(line.keys() == {"step", "epoch", "kind", "alarm"} for line in lines)
+    said = [line for line in capsys.readouterr().err.splitlines() if "alarm" in line]
+    assert said == [f"alarm at step {line['step']}: {line['alarm']}" for line in lines]
+    run_loop(tmp_path / "calm", TellingTask(FALLING), alarms=AlarmConfig(window=100, evaluations=100))
+    assert alarms_of(tmp_path / "calm") == []
+    quiet = [row for row in metric_rows(tmp_path / "alarmed") if row.get("kind") != "alarm"]
+    assert quiet == metric_rows(tmp_path / "calm")
+    assert round(loop.task.model.place.item()) == 8
+
+
+def test_alarms_resume_where_they_were(tmp_path):
+    run_loop(tmp_path / "whole", TellingTask(FALLING), ALARMED)
+    for stop in range(1, 8):
+        run_loop(tmp_path / str(stop), TellingTask(FALLING), ALARMED, max_steps=stop)
+        run_loop(tmp_path / str(stop), TellingTask(FALLING[stop + 1 :]), ALARMED, resume=True)
+        assert saved_state(tmp_path / str(stop)) == saved_state(tmp_path / "whole")
+        assert metric_rows(tmp_path / str(stop)) == metric_rows(tmp_path / "whole")
+
+
+def test_a_checkpoint_from_before_there_were_alarms_is_taken_up():
+    state = LoopState(step=3, epoch=1)
+    older = asdict(state)
+    del older["alarms"]
+    assert LoopState(**older) == state
+
+
+def test_the_report_reads_a_step_where_an_alarm_was_raised(tmp_path):
+    run_loop(tmp_path, TellingTask(FALLING), ALARMED)
+    run = read_run(tmp_path)
+    assert [row["step"] for row in run.training] == list(range(1, 9)) and all("loss" in row for row in run.training)
+    assert [row["step"] for row in run.evaluations] == list(range(9))

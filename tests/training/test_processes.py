@@ -66,6 +66,8 @@ CASES = pytest.mark.parametrize(
         (EVEN, "graph"),
         (EMPTY, "two_stage"),
         (EMPTY, "graph"),
+        (EVEN, "normalised"),
+        (EMPTY, "normalised"),
     ],
 )
 
@@ -107,6 +109,16 @@ def test_two_processes_learn_like_one(output, examples, kind):
         assert one["state"]["kl_coefficient"] != 0.2
     prefix = "policy." if kind == "ppo" else ""
     assert float(expected[f"0.{prefix}model.shared.weight"].abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("examples", [EVEN, EMPTY])
+def test_processes_have_one_cache_of_a_reward_models_scores(output, examples):
+    """Each has scored its own samples, and both have the scores of all. Against one process they differ by rounding."""
+    first, second = (record(output, examples, rank, 2)["model"] for rank in (0, 1))
+    assert first["state"] == second["state"]
+    scores = first["state"]["reward"]["model"]["scores"]
+    alone = record(output, examples, 0, 1)["model"]["state"]["reward"]["model"]["scores"]
+    assert len(scores) > examples and scores == pytest.approx(alone, rel=1e-3, abs=1e-5)
 
 
 @CASES

@@ -13,16 +13,24 @@ from typing import Any
 
 import pytest
 import torch
-from run_helpers import make_task, own_reward, rl_config, saved_state, steps_of
+from run_helpers import make_task, own_reward, rl_config, saved_state, steps_of, values_of
 
 from esrl import commands
-from esrl.algorithm.allocation import allocate
+from esrl.algorithm.allocation import AllocationConfig, allocate
+from esrl.algorithm.baselines import BaselineConfig
+from esrl.algorithm.capability import CapabilityConfig
 from esrl.algorithm.duplicates import select_rows
+from esrl.algorithm.objectives import ObjectiveConfig
+from esrl.config import METHODS, build, merge
 from esrl.errors import RewardError
-from esrl.rewards.text import ChrF
+from esrl.plan import PlanConfig, plan
+from esrl.rewards.calling import StepCounts
+from esrl.rewards.text import ChrF, RougeL
 from esrl.sampling.engine import EngineSampler
 from esrl.training import rl as rl_module
 from esrl.training.figures import _averaged
+from esrl.training.gradient import GradientConfig
+from esrl.training.method import Method, StepConfig, check_parts
 from esrl.training.planning import Rewards
 from esrl.training.processes import Processes
 from esrl.training.rl import RLTask
@@ -305,3 +313,89 @@ def test_parts_that_do_not_go_together_are_refused(assets, changes, message):
 def test_negative_weights_are_fine_where_capability_is_not(assets: Path, capability: dict[str, str]):
     with make_task(assets, NEGATIVE, {"capability": capability}) as task:
         assert math.isfinite(task.compute(0, 0).loss)
+
+
+def parts_with(capability: dict[str, Any], allocation: dict[str, Any] | None = None) -> Method:
+    return Method(
+        allocation=AllocationConfig(**(allocation or {})),
+        capability=CapabilityConfig(**capability),
+        objective=ObjectiveConfig(),
+        baseline=BaselineConfig(),
+    )
+
+
+@pytest.mark.parametrize("capability", [{}, {"capability_map": "identity"}])
+def test_a_reward_models_scores_are_no_capabilities_as_they_are(capability):
+    with pytest.raises(ValueError, match=r'"model", whose scores may be negative.*set capability.estimator = "reward"'):
+        check_parts(parts_with(capability), StepConfig(), GradientConfig(), ("bleu", "model"), (1.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("capability", "allocation"),
+    [
+        ({"estimator": "reward"}, {}),
+        ({"capability_map": "rank"}, {}),
+        ({"contrast": "minmax"}, {}),
+        ({"estimator": "entropy"}, {}),
+        ({}, {"allocator": "uniform"}),
+    ],
+)
+def test_mapped_or_not_needed_they_are(capability, allocation):
+    check_parts(parts_with(capability, allocation), StepConfig(), GradientConfig(), ("model",), (1.0,))
+
+
+def z_scores(values: list[float]) -> list[float]:
+    return [(value - fmean(values)) / pstdev(values) for value in values]
+
+
+@pytest.mark.parametrize("normalise", ["each", "sum"])
+def test_normalised_rewards_are_learnt_from_and_nothing_else_is_made_of_them(assets, monkeypatch, normalise):
+    """REINFORCE from z-scores over the step with a baseline of 0; figures, capability and queue from the plain sum."""
+    seen = watch(monkeypatch)
+    reward = {"reward": {"names": ["chrf", "rouge_l"], "weights": [1.0, 2.0], "normalise": normalise}}
+    with make_task(assets, EVERYTHING, KEEP, reward, {"objective": {"kind": "reinforce"}}) as task:
+        prompts = task.prompts(0, 0)
+        update = task.compute(0, 0)
+        lines = update.commit()
+    (_, greedy), (_, rollouts) = seen
+
+    def parts(drawn: Rollouts) -> list[list[float]]:
+        references = [prompts.columns["reference"][i] for i in drawn.prompt_index.tolist()]
+        return [metric(completions=list(drawn.texts), reference=references) for metric in (ChrF(), RougeL())]
+
+    first, second = parts(rollouts)
+    raw = [a + 2 * b for a, b in zip(first, second, strict=True)]
+    signal = [a + 2 * b for a, b in zip(z_scores(first), z_scores(second), strict=True)]
+    signal = z_scores(raw) if normalise == "sum" else signal
+    assert update.metrics["reward_mean"] == pytest.approx(fmean(raw))
+    assert list(task.queue.values) == pytest.approx(raw[-QUEUE:])
+    assert [sample["reward"] for line in lines for sample in line["samples"]] == pytest.approx(raw)
+    total = 0.0
+    for prompt, example in enumerate(prompts.example_ids):
+        rows = rows_of(rollouts, prompt)
+        assert task.memory.records[example].score == pytest.approx(fmean(raw[row] for row in rows))
+        logs = [math.fsum(real_tokens(rollouts.log_probs, rollouts, row)) for row in rows]
+        total -= fmean(signal[row] * log for row, log in zip(rows, logs, strict=True))
+    assert update.loss == pytest.approx(total, rel=1e-4, abs=1e-3)  # float32
+    # first estimates are plain sums, too
+    estimates = [a + 2 * b for a, b in zip(*parts(greedy), strict=True)]
+    assert [line["capability"] for line in lines] == pytest.approx(estimates)
+
+
+def test_every_process_ends_the_rewards_step_alike(assets, monkeypatch):
+    """The counts are added up, and what reward models' caches have learnt is joined in the order of processes."""
+    ended: list[Any] = []
+    with make_task(assets) as task:
+        monkeypatch.setattr(task.processes, "gather", lambda own: [*own, (StepCounts(3, 1, 0), {"other": 2.0})])
+        monkeypatch.setattr(task.reward, "end_step", lambda *given: ended.append(given))
+        task.reward.counts = StepCounts(5, 0, 1)
+        task._end_reward_step()
+    assert ended == [(StepCounts(8, 1, 1), [{}, {"other": 2.0}])]
+
+
+def test_a_plan_is_made_for_batches_of_prompts_not_for_updates(assets):
+    """Two updates a batch make 8 steps of 24 examples in batches of 6, and there are 4 plans."""
+    several = {"method": "grpo", "step": {"updates_per_batch": 2}}
+    values = values_of("rl", assets, Path("unused"), several)
+    config = build(PlanConfig, merge(METHODS["grpo"], {**values, "steps": 100}), "test")
+    assert len(plan(config)["batches"]) == 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +80,14 @@ class OurGRPO:
 class TRLGRPO:
     """TRL's trainer, step by step: what its ``train`` does for a batch, without logging and saving.
 
+    Args:
+        checkpointing: compute activations twice instead of keeping them; TRL's default, slower and smaller.
+
     Raises:
         ImportError: trl is not installed.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, checkpointing: bool) -> None:
         from datasets import Dataset
         from trl import GRPOConfig, GRPOTrainer
 
@@ -101,7 +105,7 @@ class TRLGRPO:
                     per_device_train_batch_size=len(job.source) * job.samples,
                     num_generations=job.samples,
                     max_completion_length=job.max_new_tokens,
-                    gradient_checkpointing=False,
+                    gradient_checkpointing=checkpointing,
                     learning_rate=_RATE,
                     loss_type="grpo",
                     beta=0.0,
@@ -126,7 +130,10 @@ class TRLGRPO:
         trainer.optimizer.step()
         model.zero_grad(set_to_none=False)
         wait()
-        return trainer._buffered_inputs[0]["completion_mask"].sum(1).tolist  # type: ignore[no-any-return]
+        made = trainer._buffered_inputs
+        assert made is not None
+        counts: Callable[[], list[int]] = made[0]["completion_mask"].sum(1).tolist
+        return counts
 
 
 def _make_room(parameters: Sequence[torch.nn.Parameter]) -> None:
@@ -135,4 +142,8 @@ def _make_room(parameters: Sequence[torch.nn.Parameter]) -> None:
         parameter.grad = torch.zeros_like(parameter)
 
 
-LANGUAGE_STEPS: dict[str, Callable[[Job], Contestant]] = {"esrl": OurGRPO, "trl": TRLGRPO}
+LANGUAGE_STEPS: dict[str, Callable[[Job], Contestant]] = {
+    "esrl": OurGRPO,
+    "trl": partial(TRLGRPO, checkpointing=False),
+    "trl-checkpointing": partial(TRLGRPO, checkpointing=True),
+}

@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from esrl.algorithm.allocation import AllocationConfig, allocate
 from esrl.algorithm.groups import Groups
-from esrl.algorithm.objectives import ObjectiveConfig, ObjectiveKind, RewardedSamples, coefficients, objective_loss
+from esrl.algorithm.objective_config import ObjectiveConfig, ObjectiveKind, RewardedSamples
+from esrl.algorithm.objectives import coefficients, objective_loss
 from esrl.benchmark.contestants import Generate, Job, load_model, wait
 from esrl.benchmark.workloads import as_prompts
 from esrl.models.seq2seq import MarianPolicy

@@ -19,7 +19,7 @@ from esrl.data.demo import make_examples
 from esrl.data.examples import Example
 from esrl.evaluation.decode import DecodingConfig, decode, on_device
 from esrl.evaluation.scores import metrics_by_name, paired_bootstrap, score_corpus
-from esrl.models.seq2seq import load_policy
+from esrl.models.load import load_policy
 from esrl.report import write_report
 from esrl.report.runs import read_run
 from esrl.settings import build, merge
