@@ -77,7 +77,10 @@ TEXTS = {
     "wrong type": ("[optimizer]\nlearning_rate = 'fast'", "optimizer.learning_rate is 'fast'; it must be a number."),
     "out of bounds": ("[allocation]\nelimination_ratio = 1.0", "elimination_ratio is 1.0; it must lie in [0, 1)."),
     "wrong choice": ("[baseline]\nkind = 'lifo'", "baseline.kind is 'lifo'; choose one of fifo, moving_average, "),
-    "method of another type": ("method = ['esrl']", "method is ['esrl']; choose one of esrl, reinforce, mrt."),
+    "method of another type": (
+        "method = ['esrl']",
+        "method is ['esrl']; choose one of esrl, reinforce, mrt, grpo, rloo, ppo.",
+    ),
     "unknown method": ("method = 'ppo2'", "method is 'ppo2'; choose one of"),
     "broken": ("seed = 1\n[data\npath = 3", "(at line 4, column 6)"),
     "unknown metric": ("[development]\nmetrics = ['belu']\ndata.path = 'dev.jsonl'", "did you mean 'bleu'?"),

@@ -187,3 +187,13 @@ def test_a_tracker_that_is_not_installed_is_refused(assets, tmp_path, monkeypatc
     with pytest.raises(ValueError, match="report_to names 'tensorboard', whose package is not installed"):
         commands.rl(rl_config(assets, tmp_path / "run", SHORT, {"report_to": ["tensorboard"]}))
     assert not (tmp_path / "run").exists()
+
+
+def test_adapters_of_an_encoder_decoder_are_trained_and_taken_up_again(assets, tmp_path):
+    lora = {"lora": {"rank": 2}, "objective": {"kl_coefficient": 0.1}}
+    commands.rl(rl_config(assets, tmp_path, SHORT, lora))
+    assert (tmp_path / "model" / "adapter_model.safetensors").is_file()
+    assert commands.rl(rl_config(assets, tmp_path, SHORT, lora, longer(3))).steps == 3
+    assert steps_of(tmp_path)[0]["kl_mean"] == pytest.approx(0, abs=1e-4)  # new adapters change nothing
+    with pytest.raises(ValueError, match="an encoder-decoder's likelihood is trained in all its weights"):
+        commands.mle(mle_config(assets, tmp_path / "mle", SHORT, {"model": {"path": str(tmp_path / "model")}}))

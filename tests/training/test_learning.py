@@ -297,19 +297,22 @@ def test_minibatches_split_each_pass_anew_and_add_up(make_task, kind, of):
     expected = {name: p.grad.clone() for name, p in whole.model.named_parameters() if p.grad is not None}
     splits = []
     for turn in (0, 1):
-        parts.model.zero_grad(set_to_none=True)
         loss = below = 0.0
+        found: dict[str, Tensor] = {}
         seen = []
         for number in range(3 * turn, 3 * turn + 3):
+            parts.model.zero_grad(set_to_none=True)
             part = parts.compute(0, number)
             part.commit()
+            own = {name: p.grad for name, p in parts.model.named_parameters() if p.grad is not None}
+            found = {name: found.get(name, 0.0) + gradient for name, gradient in own.items()}
             loss, below = loss + part.loss, below + part.denominator
             experience = parts._experience or experience  # noqa: F821 - the last commit lets go of it
             seen.append(parts.learner._minibatch(experience, number)[0].tolist())
         assert sorted(row for rows in seen for row in rows) == list(range(experience.rollouts.num_rows))
         splits.append(seen)
         assert loss == pytest.approx(update.loss) and below == pytest.approx(update.denominator)
-        assert_same({n: p.grad for n, p in parts.model.named_parameters() if p.grad is not None}, expected)
+        assert_same(found, expected)
     assert splits[0] != splits[1]
     if of == "prompts":
         owners = [set(experience.rollouts.prompt_index[rows].tolist()) for rows in splits[0]]
@@ -607,7 +610,7 @@ def test_every_method_learns(make_task, trained64, kind):
 
     def score(prompts: Any, texts: list[str], *rest: Any) -> Any:
         shares = [text.count("e") / max(1, len(text)) for text in texts]
-        return replace(real(prompts, texts, *rest), values=torch.tensor(shares, dtype=torch.float64))
+        return replace(real(prompts, texts, *rest), raw=torch.tensor(shares, dtype=torch.float64))
 
     task.reward.score = score  # type: ignore[method-assign]
     optimizer = Optimizer(task.model, OptimizerConfig(learning_rate=3e-3))

@@ -150,7 +150,7 @@ class Learner:
         return Fixed(experience=experience, metrics=metrics, kl_coefficient=coefficient)
 
     def update(self, experience: Experience, number: int, *, is_new: bool, graph: Graph | None = None) -> Learnt:
-        """Add the gradient of the batch's update ``number`` to the parameters.
+        """Leave the gradient of the batch's update ``number`` in the parameters, whose ``grad`` was empty.
 
         Args:
             is_new: the policy is still the one that has sampled, so its log-probabilities are known.
