@@ -23,6 +23,7 @@ from esrl import cli
 from esrl.cli import COMMANDS, main
 from esrl.config import MLEConfig, RLConfig, pinned
 from esrl.errors import EsrlError
+from esrl.models.adapters import LoraSettings
 from esrl.settings import merge
 
 sys.path.insert(0, str(Path(__file__).parent / "training"))
@@ -183,6 +184,7 @@ def test_commands_and_files_that_are_not_there(tmp_path, capsys):
     assert "--output-dir, --model must be given" in fails(capsys, 2, "rl")
     words = ["rl", "--output-dir", tmp_path / "out", "--model", "m"]
     assert "neither of `source` and `path` given" in fails(capsys, 2, *words)
+    assert "what the usage has in capitals must be given" in fails(capsys, 2, "merge")
 
 
 def spoil_config(model: Path) -> None:
@@ -314,6 +316,12 @@ def test_flags_alone_are_enough(assets, tmp_path, configured, monkeypatch):
     config = configured("mle", "--output-dir", "out", "--data.source", "train.de", "--data.reference", "train.en")
     assert isinstance(config, MLEConfig) and config.data.source is not None
     assert config.data.resolve(config.data.source) == assets / "train.de"
+
+
+def test_flags_alone_turn_adapters_on(assets, tmp_path, configured):
+    file = write_config(tmp_path / "run.toml", values_of("rl", assets, tmp_path / "out"))
+    assert configured("rl", file).lora is None
+    assert configured("rl", file, "--lora.rank", "4").lora == LoraSettings(rank=4)
 
 
 def test_a_table_as_a_flag_replaces_the_file_s_parallel_text(assets, tmp_path, configured):

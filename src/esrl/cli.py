@@ -145,6 +145,8 @@ def _configured(cls: type[Any], name: str, rest: list[str], presets: dict[str, A
     if presets is not None:
         values = with_method(values, presets, _flag(words, "--method"))
     values = data_of_flags(values, lambda name: _flag(words, name))
+    if any(word.startswith("--lora.") for word in words):
+        values.setdefault("lora", {})  # tyro knows no flags of a section that is unset
     if folder is not None:
         values = locate(values, folder)
     default = build(cls, values, str(file or "command line"), folder, missing=tyro.MISSING)
@@ -187,7 +189,8 @@ def _unboxed(box: str) -> tuple[str, str | None]:
     near = re.search(r"Perhaps you meant: (--\S+)", " ".join(line for part in parts for line in part))
     message = " ".join(first).strip()
     if message.startswith("Missing from"):
-        message = ", ".join(line.split()[0] for line in first if line.startswith("--")) + " must be given"
+        names = [line.split()[0] for line in first if line.startswith("--")] or ["what the usage has in capitals"]
+        message = ", ".join(names) + " must be given"
     return message, near[1] if near else None
 
 

@@ -22,7 +22,7 @@ from esrl.training.task import Update, export_folder
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LikelihoodConfig:
-    """One step of maximum likelihood."""
+    """One step of an encoder-decoder's maximum likelihood."""
 
     batch_tokens: int = 2000
     """Examples times their longest side, in a step over all processes. fairseq's IWSLT recipe: 4,096."""
@@ -47,7 +47,7 @@ class LikelihoodConfig:
 
 
 class MLETask:
-    """The likelihood step for ``training.loop``: -log p of the reference tokens, label-smoothed."""
+    """The likelihood step of an encoder-decoder for ``training.loop``: -log p of the reference, label-smoothed."""
 
     def __init__(
         self,
