@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from esrl.models import adapters
 from esrl.models.adapters import LoraSettings, add_adapter, has_adapter
 from esrl.models.causal import CausalPolicy
 from esrl.models.load import load_policy
-from esrl.models.seq2seq import PRESETS, MarianPolicy, new_policy
+from esrl.models.seq2seq import PRESETS, MarianPolicy, Preset, new_policy
 from esrl.models.tokenizer import train_tokenizer
 from esrl.training.display import say
 from esrl.training.ends import take_ends
@@ -29,20 +29,9 @@ from esrl.training.mle import MLETask
 from esrl.training.reference import Reference, switched_reference
 from esrl.training.sft import SFTTask
 
-
-@dataclass(frozen=True, slots=True)
-class CausalPreset:
-    """The sizes of a small model of Llama's layout."""
-
-    width: int
-    layers: int
-    heads: int
-    inner_width: int
-
-
 CAUSAL_PRESETS = {
-    "llama-tiny": CausalPreset(width=256, layers=4, heads=4, inner_width=768),
-    "llama-small": CausalPreset(width=384, layers=6, heads=6, inner_width=1152),
+    "llama-tiny": Preset(width=256, layers=4, heads=4, inner_width=768),
+    "llama-small": Preset(width=384, layers=6, heads=6, inner_width=1152),
 }
 
 
@@ -122,7 +111,7 @@ def fine_tuning_task(
     return task
 
 
-def new_causal(preset: CausalPreset, tokenizer: Any, max_length: int, seed: int) -> CausalPolicy:
+def new_causal(preset: Preset, tokenizer: Any, max_length: int, seed: int) -> CausalPolicy:
     """A randomly initialised Llama with tied embeddings; the same weights for the same seed."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),

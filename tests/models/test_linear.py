@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional
 
 from esrl.algorithm.log_probs import Projection
 from esrl.models import linear
-from esrl.models.linear import FrozenLinear, FrozenProjection, frozen_linears
+from esrl.models.linear import FrozenLinear, FrozenProjection
 
 
 def weights(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,19 +41,6 @@ def test_the_residual_is_added_after_the_activation(dtype, activation):
     before = residual.clone()
     torch.testing.assert_close(FrozenLinear(weight, bias, activation)(hidden, residual), expected, rtol=0, atol=2e-5)
     assert torch.equal(residual, before)
-
-
-def test_linear_layers_are_frozen_within_the_block_and_free_after_it():
-    layers = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Sequential(nn.Linear(8, 8, bias=False)))
-    hidden = torch.randn(3, 8, generator=torch.Generator().manual_seed(4))
-    expected = layers(hidden)
-    with torch.no_grad(), frozen_linears(layers[0], layers[2]):
-        torch.testing.assert_close(layers(hidden), expected, rtol=0, atol=1e-6)
-        layers[0].weight.zero_()
-        assert not torch.equal(layers(hidden), layers[2](layers[1](layers[0].bias.expand(3, -1))))  # laid out before
-    assert "forward" not in layers[0].__dict__
-    layers(hidden).sum().backward()
-    assert layers[0].bias.grad is not None
 
 
 def test_without_bias_and_with_suppressed_tokens():

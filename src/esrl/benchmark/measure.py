@@ -39,6 +39,19 @@ class Result:
             "parameters": self.parameters,
         }
 
+    def rates(self, contestant: str) -> Row:
+        """Tokens per second, memory, lengths, and how many times as fast ours is."""
+        measured, ours = self.measured[contestant], self.measured.get("esrl")
+        speedups = [] if ours is None else [us / them for us, them in zip(ours.rates, measured.rates, strict=True)]
+        return {
+            **self.place(contestant),
+            "source_tokens": self.workload.source_tokens,
+            "tokens_per_second": spread(measured.rates),
+            "peak_memory_mb": round(measured.peak_memory_mb, 1),
+            "esrl_speedup": statistics.median(speedups) if speedups else None,  # of the ratios within a round
+            **self.lengths(contestant),
+        }
+
     def lengths(self, contestant: str) -> Row:
         """The mean length of a contestant's samples, and whether they follow the law of ours."""
         own = _all_lengths(self.measured[contestant])

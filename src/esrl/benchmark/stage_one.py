@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import replace
 
 from esrl.benchmark.contestants import CONTESTANTS
-from esrl.benchmark.measure import Meter, Result, Row, spread
+from esrl.benchmark.measure import Meter, Result, Row
 from esrl.benchmark.workloads import MODELS, Workload
 
 RANKED = ("esrl", "generate", "ctranslate2-float32")
@@ -33,14 +32,4 @@ def _long_source(name: str) -> Workload:
 
 
 def _row(result: Result, name: str) -> Row:
-    measured, ours = result.measured[name], result.measured.get("esrl")
-    speedups = [] if ours is None else [us / them for us, them in zip(ours.rates, measured.rates, strict=True)]
-    return {
-        **result.place(name),
-        "source_tokens": result.workload.source_tokens,
-        "tokens_per_second": spread(measured.rates),
-        "peak_memory_mb": round(measured.peak_memory_mb, 1),
-        "esrl_speedup": statistics.median(speedups) if speedups else None,  # of the ratios within a round
-        **result.lengths(name),
-        "ranked": name in RANKED,
-    }
+    return {**result.rates(name), "ranked": name in RANKED}

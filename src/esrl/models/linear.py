@@ -6,12 +6,10 @@ of which sampling has many, is then two to three times as fast as with the plain
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from esrl.algorithm.log_probs import Projection
@@ -44,20 +42,6 @@ class FrozenLinear:
             return product if residual is None else product.add_(residual)
         total: Tensor = linear.binary(hidden, residual, self._packed, self.bias, "add")
         return total
-
-
-@contextmanager
-def frozen_linears(*modules: nn.Module) -> Iterator[None]:
-    """The linear layers in these modules compute with their weights as they are now, laid out; without a graph."""
-    # layers that are replaced or wrapped (adapters, quantization) are no plain `Linear`, and left alone
-    layers = [layer for module in modules for layer in module.modules() if type(layer) is nn.Linear]
-    try:
-        for layer in layers:
-            layer.__dict__["forward"] = FrozenLinear(layer.weight, layer.bias)
-        yield
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
 
 
 class FrozenProjection:

@@ -18,9 +18,8 @@ from transformers import MarianConfig, MarianMTModel
 from esrl.algorithm.log_probs import Projection
 from esrl.models.cached_decoder import FrozenMarianDecoder
 from esrl.models.folders import read_config, read_tokenizer, read_weights
-from esrl.models.frozen import merged_linear, twin
+from esrl.models.frozen import frozen_linear, merged_linear, twin
 from esrl.models.groups import PromptGroups
-from esrl.models.linear import frozen_linears
 from esrl.models.policy import PromptState
 from esrl.types import Prompts
 
@@ -76,23 +75,28 @@ class MarianPolicy:
 
     def encode(self, prompts: Prompts) -> PromptState:
         """Encode each prompt once; keys and values of all cross-attentions are computed here and shared."""
+        attentions = [layer.encoder_attn for layer in self._layers]
+        projections = [(attention.k_proj, attention.v_proj) for attention in attentions]
+        encoder = self.plain.get_encoder()
         # in parts, dropout would draw other masks than the pass with a graph that replays them
         if torch.is_grad_enabled() or self.model.training or self.device.type != "cpu":
-            return self._encode(prompts)
+            return self._encode(prompts, encoder, projections)
+        encoder, projections = (
+            twin(encoder, frozen_linear),
+            [(frozen_linear(k), frozen_linear(v)) for k, v in projections],
+        )
         # what a part makes fits into memory that is used again and again; fresh pages cost a tenth of the time
         size = max(1, _ENCODED_TOKENS // max(1, prompts.mask.shape[1]))
         parts = [list(range(start, min(start + size, len(prompts)))) for start in range(0, len(prompts), size)]
-        with frozen_linears(self.plain.get_encoder(), *(layer.encoder_attn for layer in self._layers)):
-            return PromptState.join([self._encode(prompts.select(part)) for part in parts])
+        return PromptState.join([self._encode(prompts.select(part), encoder, projections) for part in parts])
 
-    def _encode(self, prompts: Prompts) -> PromptState:
-        mask = prompts.mask.to(self.device)
-        encoder = self.plain.get_encoder()
+    def _encode(self, prompts: Prompts, encoder: Any, projections: list[tuple[Any, Any]]) -> PromptState:
+        """By this encoder and each layer's projections of keys and values."""
+        mask, heads = prompts.mask.to(self.device), self._layers[0].encoder_attn.num_heads
         states = encoder(input_ids=prompts.input_ids.to(self.device), attention_mask=mask).last_hidden_state
-        attentions = [layer.encoder_attn for layer in self._layers]
         return PromptState(
-            keys=tuple(_laid_out(attention.k_proj(states), attention.num_heads) for attention in attentions),
-            values=tuple(_laid_out(attention.v_proj(states), attention.num_heads) for attention in attentions),
+            keys=tuple(_laid_out(project(states), heads) for project, _ in projections),
+            values=tuple(_laid_out(project(states), heads) for _, project in projections),
             mask=mask,
         )
 
