@@ -105,6 +105,7 @@ def fine_tuning_task(
         development=within_prompts(development, encoder, show, with_answers=True),
         scores=lambda: decoded.evaluate(policy),
         save=policy.save,
+        precision=config.precision,
     )
     if show and task.warning is not None:
         say(task.warning)

@@ -92,6 +92,7 @@ def mle(config: MLEConfig) -> RunResult:
         _require(training, ("reference",), "maximum likelihood", config.data)
         policy = starting_policy(config, run.path / START if run.has_checkpoint else None, training)
         policy.model.to(accelerator.device)
+        policy.precision = config.precision
         task: Task
         if isinstance(policy, CausalPolicy):
             task = fine_tuning_task(config, policy, training, development, run.is_main)
@@ -135,6 +136,7 @@ def reward_model(config: RewardModelConfig) -> RunResult:
             config.reward_model,
             config.seed,
             development=pairs[1],
+            precision=config.precision,
         )
         return _train(config, run, task, training, accelerator, "reward-model")
 
@@ -162,6 +164,7 @@ def make_rl_task(config: RLConfig, accelerator: Accelerator | None = None) -> It
         # adapters name their base, which must be found from anywhere
         policy = with_adapters(load_policy(absolute_model(config.model)), config.lora, config.seed)
         policy.model.to(accelerator.device)
+        policy.precision = config.precision
         encoder = encoder_for(policy, config.prompts, config.sampling.max_new_tokens)
         if encoder is None:
             kept = within_limits(training, policy, config.step.max_source_tokens, None, show)

@@ -19,6 +19,7 @@ from esrl.data.readers import DataConfig
 from esrl.data.tables import is_table_name
 from esrl.evaluation.decode import DecodingConfig
 from esrl.models.adapters import LoraSettings
+from esrl.models.precision import Precision
 from esrl.rewards.calling import RewardConfig
 from esrl.sampling.engine import SamplingConfig
 from esrl.settings import build, merge
@@ -112,6 +113,9 @@ class RunConfig:
     """The run's folder."""
     seed: int = 1
     """Of everything random in the run."""
+    precision: Precision = "float32"
+    """Of matrix products: float32, or bfloat16 by autocast, for GPUs and processors that have it; weights, gradients
+    and the optimizer's state stay float32."""
     report_to: tuple[str, ...] = ()
     """Trackers of Accelerate: tensorboard, wandb, trackio, mlflow, ..."""
     resume: bool = False

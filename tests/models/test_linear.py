@@ -19,7 +19,9 @@ def weights(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("activation", ["none", "relu"])
 @pytest.mark.parametrize("rows", [1, 3, 16, 130])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float64, 1e-13), (torch.bfloat16, 0.0)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float64, 1e-13), (torch.bfloat16, 2.0**-3)]
+)
 def test_it_equals_the_plain_product(dtype, tolerance, rows, activation):
     weight, bias = weights(dtype)
     hidden = torch.randn(rows, 48, generator=torch.Generator().manual_seed(rows)).to(dtype)
@@ -27,7 +29,8 @@ def test_it_equals_the_plain_product(dtype, tolerance, rows, activation):
     expected = plain.relu() if activation == "relu" else plain
     frozen = FrozenLinear(weight, bias, activation)
     torch.testing.assert_close(frozen(hidden), expected, rtol=0, atol=tolerance)
-    assert (frozen._packed is not None) == (dtype == torch.float32)  # else the fast way was not tried at all
+    packed = {torch.float32: True, torch.float64: False, torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported()}
+    assert (frozen._packed is not None) == packed[dtype]  # else the fast way was not tried at all
 
 
 @pytest.mark.parametrize("activation", ["none", "relu"])
@@ -41,6 +44,19 @@ def test_the_residual_is_added_after_the_activation(dtype, activation):
     before = residual.clone()
     torch.testing.assert_close(FrozenLinear(weight, bias, activation)(hidden, residual), expected, rtol=0, atol=2e-5)
     assert torch.equal(residual, before)
+
+
+def test_within_autocast_products_are_in_bfloat16_and_residuals_stay_wide():
+    weight, bias = weights(torch.float32)
+    generator = torch.Generator().manual_seed(3)
+    hidden, residual = (torch.randn(9, width, generator=generator) for width in (48, 70))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = functional.linear(hidden, weight, bias)
+        frozen = FrozenLinear(weight, bias)
+        found, total = frozen(hidden), frozen(hidden, residual)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=0, atol=2.0**-3)
+    assert torch.equal(total, residual + found)  # in float32
 
 
 def test_without_bias_and_with_suppressed_tokens():

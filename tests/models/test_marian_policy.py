@@ -180,7 +180,7 @@ def test_cached_steps_equal_the_parallel_forward(make_policy, prompts, dtype, to
         parallel = policy.hidden_states(policy.encode(prompts), PROMPT_INDEX, inputs)
         seen, decoder = cached_logits(policy, prompts, PROMPT_INDEX, inputs, keep_at)
     assert len(seen) == 13 * 5 + 11 * 13 + 5 * 12 + 2 * 3 + 1 * 4
-    assert decoder.state.mask.shape[0] == 1
+    assert decoder.cache.state.mask.shape[0] == 1
     worst = max(float((parallel[row, position] - value).abs().max()) for (row, position), value in seen.items())
     assert worst < tolerance
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(1, str(Path(__file__).parent.parent / "models"))  # the causal models serve here too
 
 import pytest
 from fork_server import ForkServer

@@ -51,6 +51,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "rl": ("rl", {}),
     "rl-dropout": ("rl", DROPOUT),
     "rl-ppo": ("rl", PPO),
+    "rl-bfloat16": ("rl", {"precision": "bfloat16"}),
     "mle": ("mle", {}),
 }
 

@@ -101,6 +101,14 @@ def exponential(values: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mul(values, _LOG2_E, out=out).exp2_()
 
 
+def as_autocast(weight: Tensor) -> Tensor:
+    """A weight as autocast would hand it to a product here, for those who cast it once and use it often."""
+    kind = weight.device.type
+    if weight.dtype == torch.float32 and torch.is_autocast_enabled(kind):
+        return weight.to(torch.get_autocast_dtype(kind))
+    return weight
+
+
 def _chunks(count: int, vocabulary: int, max_logits: int) -> Iterator[slice]:
     size = max(1, max_logits // vocabulary)
     return (slice(start, start + size) for start in range(0, count, size))
@@ -125,8 +133,9 @@ class _WeightedLogProbSum(torch.autograd.Function):
         max_logits: int,
         accumulate: bool,
     ) -> Tensor:
-        projection = Projection(weight, bias)
-        grad_hidden = torch.empty_like(hidden)
+        projection = Projection(as_autocast(weight), bias)
+        inputs = hidden.to(projection.weight.dtype)
+        grad_inputs = torch.empty_like(inputs)
         wide = torch.promote_types(weight.dtype, torch.float32)
         # sums over chunks need the wide type: a half-precision gradient is not added to directly
         direct = accumulate and ctx.needs_input_grad[1] and wide == weight.dtype
@@ -136,7 +145,7 @@ class _WeightedLogProbSum(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and ctx.needs_input_grad[2] else None
         total = weights.new_zeros(())
         for part in _chunks(len(targets), weight.shape[0], max_logits):
-            logits = projection.logits(hidden[part])
+            logits = projection.logits(inputs[part])
             scale = None if temperature is None else temperature[part].to(logits.dtype)
             if scale is not None:
                 logits /= scale[:, None]
@@ -157,10 +166,9 @@ class _WeightedLogProbSum(torch.autograd.Function):
             if total_weight is not None:
                 # not addmm_, which PyTorch's counter of operations overlooks
                 torch.addmm(total_weight, grad.t().to(wide), hidden[part].to(wide), out=total_weight)
-            grad = grad.to(hidden.dtype)
-            torch.mm(grad, weight.to(grad.dtype), out=grad_hidden[part])
-        ctx.dtype = weight.dtype
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+            torch.mm(grad.to(inputs.dtype), projection.weight, out=grad_inputs[part])
+        ctx.hidden_dtype, ctx.dtype = hidden.dtype, weight.dtype
+        ctx.save_for_backward(grad_inputs, grad_weight, grad_bias)
         return total
 
     @staticmethod
@@ -170,6 +178,8 @@ class _WeightedLogProbSum(torch.autograd.Function):
         grad_hidden, grad_weight, grad_bias = (
             None if grad is None else grad * scale.to(grad.dtype) for grad in ctx.saved_tensors
         )
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden.to(ctx.hidden_dtype)
         if grad_weight is not None:
             grad_weight = grad_weight.to(ctx.dtype)
         if grad_bias is not None:

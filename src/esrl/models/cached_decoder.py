@@ -19,10 +19,7 @@ from esrl.algorithm.log_probs import Projection
 from esrl.models.groups import PromptGroups
 from esrl.models.linear import FrozenLinear, FrozenProjection
 from esrl.models.policy import PromptState
-
-_FIRST_CAPACITY = 8
-# prompts whose samples have all ended leave the shared state once they are a quarter of it
-_KEEP_PROMPTS = 0.75
+from esrl.models.row_cache import RowCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,80 +94,44 @@ class CachedDecoder:
     """
 
     def __init__(self, weights: FrozenMarianDecoder, state: PromptState, prompt_index: Tensor) -> None:
-        self.device = state.mask.device
         self.weights = weights
-        self.state = state
-        self.position = 0
-        self.rows = len(prompt_index)
-        heads, width = weights.layers[0].heads, weights.embedding.shape[1]
-        shape = (self.rows, heads, _FIRST_CAPACITY, width // heads)
-        options = {"dtype": weights.embedding.dtype, "device": self.device}
-        self.keys = [torch.empty(shape, **options) for _ in weights.layers]
-        self.values = [torch.empty(shape, **options) for _ in weights.layers]
-        self._place(prompt_index.to(self.device))
+        self.cache = RowCache(state, prompt_index)
+        self._place()
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
         """(R,) last tokens -> (R, D) states for the next ones."""
         weights = self.weights
-        self._reserve()
+        self.cache.reserve()
         hidden = functional.embedding(tokens, weights.embedding) * weights.scale
-        hidden += weights.positions[self.position]
+        hidden += weights.positions[self.cache.position]
         for i, layer in enumerate(weights.layers):
             hidden = layer.norm(layer.mix(self._self_attention(i, hidden), hidden))
             hidden = layer.cross_norm(layer.cross_mix(self._cross_attention(i, hidden), hidden))
             hidden = layer.final_norm(layer.feed_forward(hidden))
-        self.position += 1
+        self.cache.position += 1
         return hidden
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows, in this order; most of them should be where they were.
+        """Go on with these rows, in this order."""
+        self.cache.keep(rows)
+        self._place()
 
-        Only rows that change place are copied. The room of the others is given back when the cache next grows.
-        """
-        moved = (rows != torch.arange(len(rows), device=self.device)).nonzero()[:, 0]
-        source, used = rows[moved], self.position
-        for cache in (*self.keys, *self.values):
-            cache[moved, :, :used] = cache[source, :, :used]
-        self.rows = len(rows)
-        prompt_index = self.prompt_index[rows]
-        alive, local = torch.unique(prompt_index, return_inverse=True)
-        if len(alive) == len(rows):  # a row each: in the rows' order, nothing is to be gathered at every step
-            self.state, prompt_index = self.state.select(prompt_index), torch.arange(len(rows), device=self.device)
-        elif len(alive) < _KEEP_PROMPTS * self.state.mask.shape[0]:
-            self.state, prompt_index = self.state.select(alive), local
-        self._place(prompt_index)
-
-    def _place(self, prompt_index: Tensor) -> None:
-        self.prompt_index = prompt_index
-        self.groups = PromptGroups.of(prompt_index, self.state.mask.shape[0])
-        mask = self.state.mask
+    def _place(self) -> None:
+        mask = self.cache.state.mask
+        self.groups = PromptGroups.of(self.cache.prompt_index, mask.shape[0])
         self.source_mask = None if bool(mask.all()) else mask[:, None, None, :]
 
-    def _reserve(self) -> None:
-        """Double the cache where it is full; rows that have ended are left behind."""
-        capacity = self.keys[0].shape[2]
-        if self.position < capacity:
-            return
-        for caches in (self.keys, self.values):
-            for i, old in enumerate(caches):
-                new = old.new_empty(self.rows, old.shape[1], 2 * capacity, old.shape[3])
-                new[:, :, :capacity] = old[: self.rows]
-                caches[i] = new
-
     def _self_attention(self, i: int, hidden: Tensor) -> Tensor:
-        layer, end = self.weights.layers[i], self.position + 1
-        query, key, value = layer.project(hidden).view(self.rows, 3, layer.heads, 1, -1).unbind(1)
-        keys, values = self.keys[i][: self.rows, :, :end], self.values[i][: self.rows, :, :end]
-        keys[:, :, -1:] = key
-        values[:, :, -1:] = value
-        return attention(query, keys, values).reshape(self.rows, -1)
+        layer, rows = self.weights.layers[i], len(hidden)
+        query, key, value = layer.project(hidden).view(rows, 3, layer.heads, 1, -1).unbind(1)
+        return attention(query, *self.cache.write(i, key, value)).reshape(rows, -1)
 
     def _cross_attention(self, i: int, hidden: Tensor) -> Tensor:
-        layer, groups = self.weights.layers[i], self.groups
+        layer, groups, state = self.weights.layers[i], self.groups, self.cache.state
         query = groups.spread(layer.cross_query(hidden))
         query = query.view(*query.shape[:2], layer.heads, -1).transpose(1, 2)
-        mixed = attention(query, self.state.keys[i], self.state.values[i], self.source_mask)
+        mixed = attention(query, state.keys[i], state.values[i], self.source_mask)
         return groups.collect(mixed.transpose(1, 2).flatten(2))
 
 

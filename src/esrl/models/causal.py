@@ -19,6 +19,7 @@ from esrl.models.causal_decoder import FrozenCausalDecoder
 from esrl.models.causal_llama import FrozenLlamaDecoder, fits
 from esrl.models.causal_support import TESTED, check_supported, compare, longest_sequence
 from esrl.models.policy import FrozenDecoder, PromptState
+from esrl.models.precision import Precision, in_precision
 from esrl.types import Prompts
 
 
@@ -35,6 +36,7 @@ class CausalPolicy:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model: Any = model
         self.tokenizer = tokenizer
+        self.precision: Precision = "float32"
         plain = self.plain
         check_supported(plain)
         config, generation = plain.config, plain.generation_config
@@ -98,6 +100,7 @@ class CausalPolicy:
             )
         return room
 
+    @in_precision
     def encode(self, prompts: Prompts) -> PromptState:
         """Keys and values of each prompt but for its last token."""
         mask = prompts.mask.to(self.device)
@@ -119,6 +122,7 @@ class CausalPolicy:
         kind = FrozenLlamaDecoder if fits(self.body) else FrozenCausalDecoder
         return kind(self.body, self.projection(), self.max_length)
 
+    @in_precision
     def hidden_states(self, state: PromptState, prompt_index: Tensor, inputs: Tensor) -> Tensor:
         prefix = SharedPrefix(state, prompt_index.to(self.device), inputs.shape[1])
         positions = prefix.start[:, None] + torch.arange(inputs.shape[1], device=self.device)

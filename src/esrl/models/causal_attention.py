@@ -20,6 +20,7 @@ from transformers import AttentionInterface
 
 from esrl.models.groups import PromptGroups
 from esrl.models.policy import PromptState
+from esrl.models.row_cache import RowCache
 
 IMPLEMENTATION = "esrl"
 _HARMLESS = {"position_ids", "use_cache", "is_causal", "output_attentions", "output_hidden_states", "return_dict"}
@@ -66,6 +67,29 @@ class SharedPrefix:
 
     def _used(self, tensor: Tensor) -> Tensor:
         return tensor if self.used is None else tensor.index_select(0, self.used)
+
+
+class OwnKeys(RowCache):
+    """Rows of a causal model: what they have decoded, and how they read their prompts.
+
+    Args:
+        state: the shared prompt state.
+        prompt_index: (R,) int64, each row's prompt.
+        max_length: positions of the model.
+    """
+
+    def __init__(self, state: PromptState, prompt_index: Tensor, max_length: int) -> None:
+        super().__init__(state, prompt_index)
+        self.max_length = max_length
+        self.prefix = SharedPrefix(self.state, self.prompt_index, length=1)
+
+    def keep(self, rows: Tensor) -> None:
+        super().keep(rows)
+        self.prefix = SharedPrefix(self.state, self.prompt_index, length=1)
+
+    def positions(self) -> Tensor:
+        """(R,) the present position of each row, the prompt counted; the last one for rows that ended there."""
+        return (self.prefix.start + self.position).clamp_max(self.max_length - 1)
 
 
 class KeyValueCache(Protocol):

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from esrl.algorithm.log_probs import Projection
-from esrl.models.causal_attention import attending
-from esrl.models.causal_cache import OwnKeys
+from esrl.models.causal_attention import OwnKeys, attending
 from esrl.models.frozen import frozen_linear, twin
 from esrl.models.linear import FrozenProjection
 from esrl.models.policy import PromptState

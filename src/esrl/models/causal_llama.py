@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from esrl.algorithm.log_probs import Projection
-from esrl.models.causal_attention import joint_attention
-from esrl.models.causal_cache import OwnKeys
+from esrl.models.causal_attention import OwnKeys, joint_attention
 from esrl.models.frozen import linear_bias, linear_weight
 from esrl.models.linear import FrozenLinear, FrozenProjection
 from esrl.models.policy import PromptState
@@ -116,9 +115,9 @@ class LlamaDecoder:
         sin = torch.cat([-sin[..., : sin.shape[-1] // 2], sin[..., sin.shape[-1] // 2 :]], -1)
         for i, layer in enumerate(weights.layers):
             mixed = self._attention(i, layer, layer.project(layer.norm(hidden)), cos, sin)
-            hidden = layer.mix(mixed).add_(hidden)
+            hidden = layer.mix(mixed, hidden)
             gate, up = layer.gate(layer.feed_forward_norm(hidden)).chunk(2, 1)
-            hidden = layer.down(functional.silu(gate).mul_(up)).add_(hidden)
+            hidden = layer.down(functional.silu(gate).mul_(up), hidden)
         own.position += 1
         return weights.norm(hidden)
 

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from esrl.algorithm.log_probs import Projection
 from esrl.models.linear import FrozenProjection
+from esrl.models.precision import Precision
 from esrl.types import Prompts
 
 
@@ -85,6 +86,8 @@ class Policy(Protocol):
 
     model: nn.Module
     tokenizer: Any
+    precision: Precision
+    """Of matrix products in all that follows; the weights stay what they are."""
     eos_tokens: tuple[int, ...]
     max_length: int
     vocabulary: int
@@ -105,7 +108,7 @@ class Policy(Protocol):
         ...
 
     def frozen_decoder(self) -> FrozenDecoder:
-        """Prepare stage one; to be made anew after each update of the weights."""
+        """Prepare stage one, in the precision of the place; to be made anew after each update of the weights."""
         ...
 
     def hidden_states(self, state: PromptState, prompt_index: Tensor, inputs: Tensor) -> Tensor:

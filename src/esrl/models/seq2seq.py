@@ -21,6 +21,7 @@ from esrl.models.folders import read_config, read_tokenizer, read_weights
 from esrl.models.frozen import frozen_linear, merged_linear, twin
 from esrl.models.groups import PromptGroups
 from esrl.models.policy import PromptState
+from esrl.models.precision import Precision, in_precision
 from esrl.types import Prompts
 
 SUPPORTED = ("marian",)
@@ -33,6 +34,7 @@ class MarianPolicy:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model: Any = model
         self.tokenizer = tokenizer
+        self.precision: Precision = "float32"
         plain = self.plain
         config, generation = plain.config, plain.generation_config
         self.start_token = int(_first_set(generation.decoder_start_token_id, config.decoder_start_token_id))
@@ -73,6 +75,7 @@ class MarianPolicy:
     def room(self, prompts: Prompts) -> Tensor:
         return torch.full((len(prompts),), self.max_length)
 
+    @in_precision
     def encode(self, prompts: Prompts) -> PromptState:
         """Encode each prompt once; keys and values of all cross-attentions are computed here and shared."""
         attentions = [layer.encoder_attn for layer in self._layers]
@@ -106,6 +109,7 @@ class MarianPolicy:
             decoder = twin(decoder, merged_linear)
         return FrozenMarianDecoder(decoder, self.projection())
 
+    @in_precision
     def hidden_states(self, state: PromptState, prompt_index: Tensor, inputs: Tensor) -> Tensor:
         decoder, index = self.plain.model.decoder, prompt_index.to(self.device)
         positions = decoder.embed_positions.weight[: inputs.shape[1]]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from esrl.algorithm.streams import sample_uniforms
 from esrl.errors import NumericsError
 from esrl.models.policy import FrozenDecoder, Policy, PromptState
+from esrl.models.precision import autocast
 from esrl.sampling.draw import Drawn, Temperature, draw_tokens
 from esrl.types import Prompts, Rollouts, SamplingPlan
 
@@ -109,7 +110,7 @@ class EngineSampler:
             NumericsError: the model gave a log-probability that is not finite.
         """
         limits = _Limits.of(self.config, self.policy)
-        with _without_dropout(self.policy.model):
+        with _without_dropout(self.policy.model), autocast(self.policy.device, self.policy.precision):
             request = _Request(prompts, plan, epoch, records, self.policy.frozen_decoder(), limits)
             waves = [
                 self._wave(request, state, rows)

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from esrl.models.causal import CausalPolicy
+from esrl.models.precision import in_precision
 from esrl.models.seq2seq import MarianPolicy
 from esrl.types import Prompts
 
 
+@in_precision
 def generate_tokens(
     policy: MarianPolicy | CausalPolicy, prompts: Prompts, max_new_tokens: int, **options: Any
 ) -> Tensor:

@@ -14,6 +14,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from esrl.algorithm.streams import sample_uniforms
 from esrl.models.causal import CausalPolicy
+from esrl.models.precision import in_precision
 from esrl.models.seq2seq import MarianPolicy
 from esrl.sampling.draw import invert_cumulative
 from esrl.sampling.engine import EngineSampler, check_log_probs, decode_texts
@@ -21,6 +22,7 @@ from esrl.sampling.generate import left_padded
 from esrl.types import Prompts, Rollouts, SamplingPlan
 
 
+@in_precision
 def sample_with_graph(
     policy: MarianPolicy | CausalPolicy,
     prompts: Prompts,

@@ -20,6 +20,7 @@ from esrl.algorithm.log_probs import MAX_LOGITS, token_log_probs, weighted_log_p
 from esrl.algorithm.streams import seed_of
 from esrl.errors import OutOfMemoryError
 from esrl.models.policy import Policy, PromptState
+from esrl.models.precision import autocast
 from esrl.training.oom import free_cached_memory, is_out_of_memory
 from esrl.types import Prompts, Rollouts
 
@@ -83,7 +84,8 @@ class StageTwo:
         if self.config.rescore is not None:
             return self.config.rescore
         parameter = next(iter(self.policy.model.parameters()))
-        return bool(self.config.dropout) or parameter.dtype in (torch.bfloat16, torch.float16)
+        half = self.policy.precision != "float32" or parameter.dtype in (torch.bfloat16, torch.float16)
+        return half or bool(self.config.dropout)
 
     def shrink(self, micro_batch_tokens: int) -> None:
         """Go on with the micro-batch that an earlier part of the run had to take."""
@@ -139,7 +141,7 @@ class StageTwo:
         log_probs = torch.zeros_like(rollouts.log_probs)
         values = None if self.critic is None else torch.zeros_like(rollouts.log_probs)
         everything = torch.ones(rollouts.num_rows, dtype=torch.bool)
-        with torch.no_grad():
+        with torch.no_grad(), autocast(self.policy.device, self.policy.precision):
             for part in self._parts(prompts, rollouts, everything, seed):
                 for batch in part.batches:
                     hidden = self._hidden(part, part.state, batch)[batch.mask]
@@ -177,26 +179,24 @@ class StageTwo:
         if of_values is not None:
             useful |= (of_values != 0).any(1).cpu()
         for part in self._parts(prompts, rollouts, useful, seed):
-            leaves = tuple(tensor.detach().requires_grad_(tensor.requires_grad) for tensor in part.state.tensors)
-            cut = part.state.with_tensors(leaves)
+            cut, leaves = _cut(part.state)
             for batch in part.batches:
                 hidden = self._hidden(part, cut, batch)[batch.mask]
-                total = weighted_log_prob_sum(
-                    hidden,
-                    batch.targets,
-                    batch.take(coefficients),
-                    self.policy.projection(),
-                    temperature=batch.per_token(temperature),
-                    max_logits=self.config.max_logits,
-                    accumulate=True,
-                )
+                with autocast(self.policy.device, self.policy.precision):
+                    total = weighted_log_prob_sum(
+                        hidden,
+                        batch.targets,
+                        batch.take(coefficients),
+                        self.policy.projection(),
+                        temperature=batch.per_token(temperature),
+                        max_logits=self.config.max_logits,
+                        accumulate=True,
+                    )
                 if of_values is not None:
                     values = self._values(hidden)
                     total = total + (batch.take(of_values).to(values.dtype) * values).sum()
                 total.backward()
-            reached = [i for i, leaf in enumerate(leaves) if leaf.grad is not None]
-            if reached:
-                torch.autograd.backward([part.state.tensors[i] for i in reached], [leaves[i].grad for i in reached])
+            _go_back(part.state, leaves)
 
     def _hidden(self, part: _Part, state: PromptState, batch: _MicroBatch) -> Tensor:
         if self.config.dropout:
@@ -265,6 +265,24 @@ class StageTwo:
                     ) from error
                 self._halve()
             free_cached_memory()
+
+
+def _cut(state: PromptState) -> tuple[PromptState, tuple[Tensor, ...]]:
+    """The state without its graph, and the leaves under it, where gradients add up: in float32 at least."""
+    wide = [tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in state.tensors]
+    leaves = tuple(leaf.requires_grad_(tensor.requires_grad) for leaf, tensor in zip(wide, state.tensors, strict=True))
+    return state.with_tensors(
+        tuple(leaf.to(part.dtype) for leaf, part in zip(leaves, state.tensors, strict=True))
+    ), leaves
+
+
+def _go_back(state: PromptState, leaves: tuple[Tensor, ...]) -> None:
+    """Take the leaves' gradients through the encoder."""
+    pairs = zip(state.tensors, leaves, strict=True)
+    reached = [(tensor, leaf.grad.to(tensor.dtype)) for tensor, leaf in pairs if leaf.grad is not None]
+    if reached:
+        tensors, gradients = zip(*reached, strict=True)
+        torch.autograd.backward(tensors, gradients)
 
 
 @dataclass(frozen=True, slots=True)

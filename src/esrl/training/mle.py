@@ -14,6 +14,7 @@ from esrl.data.batching import pad, token_batches
 from esrl.data.examples import Example
 from esrl.errors import OutOfMemoryError
 from esrl.evaluation.development import Development
+from esrl.models.precision import autocast
 from esrl.models.seq2seq import MarianPolicy
 from esrl.training.oom import free_cached_memory, is_out_of_memory
 from esrl.training.processes import Processes
@@ -145,16 +146,17 @@ class MLETask:
         source, source_mask = pad([self.sources[i] for i in indices], self.policy.pad_token)
         target, target_mask = pad([self.targets[i] for i in indices], self.policy.pad_token)
         start = torch.full_like(target[:, :1], self.policy.start_token)
-        output = self.model.model(
-            input_ids=source.to(device),
-            attention_mask=source_mask.to(device),
-            decoder_input_ids=torch.cat([start, target[:, :-1]], 1).to(device),
-        )
-        hidden: Tensor = output.last_hidden_state[target_mask.to(device)]
         weight, bias = self.model.lm_head.weight, self.model.final_logits_bias[0]
         # nothing is suppressed here: a reference may hold any token
         projection = Projection(weight, bias.to(weight.dtype))
-        loss = smoothed_loss(hidden, target[target_mask].to(device), projection, self.config.label_smoothing)
+        with autocast(device, self.policy.precision):
+            output = self.model.model(
+                input_ids=source.to(device),
+                attention_mask=source_mask.to(device),
+                decoder_input_ids=torch.cat([start, target[:, :-1]], 1).to(device),
+            )
+            hidden: Tensor = output.last_hidden_state[target_mask.to(device)]
+            loss = smoothed_loss(hidden, target[target_mask].to(device), projection, self.config.label_smoothing)
         loss.backward()
         return float(loss.detach()), int(target_mask.sum())
 

@@ -24,6 +24,7 @@ from esrl.data.batching import shuffled_batches
 from esrl.data.examples import REJECTED, Example
 from esrl.data.preferences import Fields, ScoreEncoder, collate, margins
 from esrl.evaluation.reward_model import PreferenceReport, preference_report
+from esrl.models.precision import Precision, autocast
 from esrl.training.accumulation import Accumulation
 from esrl.training.processes import Processes
 from esrl.training.task import Update, export_folder
@@ -95,6 +96,7 @@ class RewardModelTask:
         examples: preferences (format ``preferences``), within the length limits (`data.preferences.limit_pairs`).
         development: preferences to report on; may be empty.
         save: writes the model folder; None: model and tokenizer by ``save_pretrained``.
+        precision: of matrix products.
     """
 
     def __init__(  # noqa: PLR0913 - the parts of a task
@@ -108,6 +110,7 @@ class RewardModelTask:
         *,
         development: Sequence[Example] = (),
         save: Callable[[Path], None] | None = None,
+        precision: Precision = "float32",
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -115,6 +118,7 @@ class RewardModelTask:
         self.config = config
         self.seed = seed
         self.save = save
+        self.precision = precision
         self.processes = Processes()
         set_padding(model, tokenizer, encoder.pad_token)
         self.chosen, self.rejected = _sides(examples, encoder)
@@ -159,7 +163,8 @@ class RewardModelTask:
         pairs = list(self.development)
         mine = [pairs[i] for i in self.processes.shard(len(pairs))]
         limit = self.accumulation.micro_batch_tokens
-        sides = [score_rows(self.model, rows, self.encoder.pad_token, limit) for rows in _sides(mine, self.encoder)]
+        with autocast(self.model.device, self.precision):
+            sides = [score_rows(self.model, rows, self.encoder.pad_token, limit) for rows in _sides(mine, self.encoder)]
         rewards = [self.processes.gather(side) for side in sides]
         _, chosen_tokens = self.encoder.lengths(pairs, [pair.columns["reference"] for pair in pairs])
         _, rejected_tokens = self.encoder.lengths(pairs, [pair.columns[REJECTED] for pair in pairs])
@@ -195,7 +200,8 @@ class RewardModelTask:
 
     def _backward(self, indices: Sequence[int]) -> tuple[float, float, float]:
         rows = [side[i] for side in self._sides for i in indices]
-        rewards = rewards_of(self.model, collate(rows, self.encoder.pad_token))
+        with autocast(self.model.device, self.precision):
+            rewards = rewards_of(self.model, collate(rows, self.encoder.pad_token))
         chosen, rejected = rewards.view(2, -1)
         margin = torch.tensor([self.margins[i] for i in indices], dtype=rewards.dtype, device=rewards.device)
         loss = pairwise_loss(chosen, rejected, margin, self.config.centering)

@@ -14,6 +14,7 @@ from esrl.algorithm.log_probs import Projection
 from esrl.algorithm.streams import permutation
 from esrl.data.encoding import Encoder
 from esrl.data.examples import Example
+from esrl.models.precision import Precision, autocast
 from esrl.training.accumulation import Accumulation
 from esrl.training.packing import (
     PackedRows,
@@ -60,6 +61,7 @@ class SFTTask:
         development: scored by their mean log-probability; may be empty.
         scores: further development scores, ``dev_*``: those of decoded answers, say.
         save: writes the model folder; None: model and tokenizer by ``save_pretrained``.
+        precision: of matrix products.
     """
 
     def __init__(  # noqa: PLR0913 - the parts of a task
@@ -73,6 +75,7 @@ class SFTTask:
         development: Sequence[Example] = (),
         scores: Callable[[], dict[str, float]] | None = None,
         save: Callable[[Path], None] | None = None,
+        precision: Precision = "float32",
     ) -> None:
         self.model = model
         self.encoder = encoder
@@ -80,6 +83,7 @@ class SFTTask:
         self.seed = seed
         self.scores = scores
         self.save = save
+        self.precision = precision
         self.processes = Processes()
         self.prompts, self.answers = _rows(encoder, examples)
         self.lengths = [len(p) + len(a) for p, a in zip(self.prompts, self.answers, strict=True)]
@@ -133,7 +137,8 @@ class SFTTask:
         with torch.no_grad():
             for bins in micro_batches(lengths, mine, self.accumulation.micro_batch_tokens, self._row_tokens):
                 rows = self._on_device(pack_rows(bins, prompts, answers, self.encoder.pad_token))
-                log_probs = packed_log_probs(self.model, rows, self._head(), packed=self.packs)
+                with autocast(self.model.device, self.precision):
+                    log_probs = packed_log_probs(self.model, rows, self._head(), packed=self.packs)
                 total += float(log_probs.double().sum())
         mean = self.processes.sum(total) / sum(map(len, answers))
         return found | {"dev_log_prob": mean, "dev_perplexity": math.exp(min(-mean, 700.0))}
@@ -171,7 +176,8 @@ class SFTTask:
 
     def _backward(self, bins: Sequence[Sequence[int]]) -> tuple[float, float]:
         rows = self._on_device(pack_rows(bins, self.prompts, self.answers, self.encoder.pad_token))
-        loss = packed_loss(self.model, rows, self._head(), packed=self.packs)
+        with autocast(self.model.device, self.precision):
+            loss = packed_loss(self.model, rows, self._head(), packed=self.packs)
         loss.backward()
         return float(loss.detach()), float(rows.tokens.numel())
 

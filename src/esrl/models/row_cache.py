@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from esrl.models.causal_attention import SharedPrefix
 from esrl.models.policy import PromptState
 
 _FIRST_CAPACITY = 8
@@ -13,24 +12,22 @@ _FIRST_CAPACITY = 8
 _KEEP_PROMPTS = 0.75
 
 
-class OwnKeys:
+class RowCache:
     """What R rows have decoded so far, beside the state of their prompts.
 
     Args:
         state: the shared prompt state.
         prompt_index: (R,) int64, each row's prompt.
-        max_length: positions of the model.
     """
 
-    def __init__(self, state: PromptState, prompt_index: Tensor, max_length: int) -> None:
+    def __init__(self, state: PromptState, prompt_index: Tensor) -> None:
         self.state = state
-        self.max_length = max_length
         self.rows = len(prompt_index)
         self.position = 0
         self.device = state.mask.device
+        self.prompt_index = prompt_index.to(self.device)
         self.keys = [self._empty(shared) for shared in state.keys]
         self.values = [self._empty(shared) for shared in state.values]
-        self._place(prompt_index.to(self.device))
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keep (R, H, 1, d) keys and values of the present position; gives views of all so far, (R, H, n, d)."""
@@ -39,10 +36,6 @@ class OwnKeys:
         keys[:, :, -1:] = key
         values[:, :, -1:] = value
         return keys, values
-
-    def positions(self) -> Tensor:
-        """(R,) the present position of each row, the prompt counted; the last one for rows that ended there."""
-        return (self.prefix.start + self.position).clamp_max(self.max_length - 1)
 
     def reserve(self) -> None:
         """Double the room where it is full; rows that have ended are left behind."""
@@ -56,22 +49,21 @@ class OwnKeys:
                 caches[i] = new
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows, in this order; only those that change place are copied."""
+        """Go on with these rows, in this order; most of them should be where they were.
+
+        Only rows that change place are copied. The room of the others is given back when the cache next grows.
+        """
         moved = (rows != torch.arange(len(rows), device=self.device)).nonzero()[:, 0]
         source, used = rows[moved], self.position
         for cache in (*self.keys, *self.values):
             cache[moved, :, :used] = cache[source, :, :used]
-        self.rows = len(rows)
-        prompt_index = self.prompt_index[rows]
-        alive, local = torch.unique(prompt_index, return_inverse=True)
-        if len(alive) < _KEEP_PROMPTS * self.state.mask.shape[0]:
-            self.state = self.state.select(alive)
-            prompt_index = local
-        self._place(prompt_index)
-
-    def _place(self, prompt_index: Tensor) -> None:
-        self.prompt_index = prompt_index
-        self.prefix = SharedPrefix(self.state, prompt_index, length=1)
+        self.rows, self.prompt_index = len(rows), self.prompt_index[rows]
+        alive, local = torch.unique(self.prompt_index, return_inverse=True)
+        if len(alive) == self.rows:  # a row each: in the rows' order, nothing is to be gathered at every step
+            self.state = self.state.select(self.prompt_index)
+            self.prompt_index = torch.arange(self.rows, device=self.device)
+        elif len(alive) < _KEEP_PROMPTS * self.state.mask.shape[0]:
+            self.state, self.prompt_index = self.state.select(alive), local
 
     def _empty(self, shared: Tensor) -> Tensor:
         return shared.new_empty(self.rows, shared.shape[1], _FIRST_CAPACITY, shared.shape[3])
