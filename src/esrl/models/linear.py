@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from esrl.algorithm.log_probs import Projection, as_autocast
@@ -19,8 +19,10 @@ MAX_PACKED = 1 << 25
 """Weights of more numbers than this (128 MB) are not copied: a vocabulary of 250,000 would double its memory."""
 
 
-class FrozenLinear:
+class FrozenLinear(nn.Module):
     """``functional.linear`` with a weight that does not change, without a graph.
+
+    A module, so that it can stand in the place of one; it has no parameters.
 
     Args:
         weight: (N, D); bias: (N,).
@@ -28,11 +30,12 @@ class FrozenLinear:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, activation: Literal["none", "relu"] = "none") -> None:
+        super().__init__()
         self.weight, self.activation = as_autocast(weight.detach()), activation
         self.bias = None if bias is None else as_autocast(bias)
         self._packed: Any = _pack(self.weight)
 
-    def __call__(self, hidden: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, residual: Tensor | None = None) -> Tensor:
         """(..., D) -> (..., N); ``residual`` is added to the result, after the activation."""
         hidden, linear = hidden.to(self.weight.dtype), torch.ops.mkldnn._linear_pointwise
         fused = self._packed is not None and self.activation == "none"
