@@ -344,3 +344,19 @@ def test_generate_and_evaluate_ask_a_causal_model(data, tmp_path, tuned, capsys)
     assert main(["evaluate", model, *source, *words]) == 0
     right = sum(row["reference"] == line.strip() for row, line in zip(asked, lines, strict=True))
     assert json.loads(capsys.readouterr().out)["exact_match"]["score"] == pytest.approx(100 * right / NUM_DEV)
+
+
+def test_outputs_end_where_samples_do(data, tmp_path, tuned):
+    """By a flag on the command line; on the development set of RL by what ends the samples, or its own."""
+    model, dev, answers = str(tuned / "model"), str(data / "dev.jsonl"), []
+    for flags in ([], ["--stop-strings", "zz", "1"]):
+        output = tmp_path / "answers.jsonl"
+        assert main(["generate", model, "--input", dev, "--output", str(output), "--max-new-tokens", "4", *flags]) == 0
+        answers.append([row["answer"] for row in json_lines(output)])
+    assert answers[1] == [text.partition("1")[0] for text in answers[0]]
+    assert answers[1] != answers[0]
+    stops = {"step": {"stop_strings": ["1"]}}
+    own = {"development": {"decoding": {"stop_strings": ["2"]}}}
+    for changes, expected in (([], ()), ([stops], ("1",)), ([stops, own], ("2",))):
+        with commands.make_rl_task(rl_config(data, tmp_path, tuned / "model", *changes)) as task:
+            assert task.development.decoding.stop_strings == expected
