@@ -7,6 +7,7 @@ import math
 import shutil
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -348,12 +349,14 @@ def test_generate_and_evaluate_ask_a_causal_model(data, tmp_path, tuned, capsys)
 
 def test_outputs_end_where_samples_do(data, tmp_path, tuned):
     """By a flag on the command line; on the development set of RL by what ends the samples, or its own."""
-    model, dev, answers = str(tuned / "model"), str(data / "dev.jsonl"), []
-    for flags in ([], ["--stop-strings", "zz", "1"]):
-        output = tmp_path / "answers.jsonl"
-        assert main(["generate", model, "--input", dev, "--output", str(output), "--max-new-tokens", "4", *flags]) == 0
+    output, answers = tmp_path / "answers.jsonl", []
+    words = ["generate", str(tuned / "start"), "--input", str(data / "dev.jsonl"), "--output", str(output)]
+    stop = "never"
+    for _ in range(2):
+        assert main([*words, "--max-new-tokens", "8", "--stop-strings", "zz", stop]) == 0
         answers.append([row["answer"] for row in json_lines(output)])
-    assert answers[1] == [text.partition("1")[0] for text in answers[0]]
+        stop = Counter("".join(text[1:] for text in answers[0])).most_common(1)[0][0]
+    assert answers[1] == [text.partition(stop)[0] for text in answers[0]]
     assert answers[1] != answers[0]
     stops = {"step": {"stop_strings": ["1"]}}
     own = {"development": {"decoding": {"stop_strings": ["2"]}}}
