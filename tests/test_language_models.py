@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from esrl import building, commands
@@ -24,9 +27,10 @@ from esrl.models.adapters import has_adapter
 from esrl.models.causal import CausalPolicy
 from esrl.models.load import load_policy
 from esrl.settings import build, merge
+from esrl.training.checkpoint import CheckpointStore, pack_json, pack_tensors, unpack_json, unpack_tensors
 
 sys.path.insert(0, str(Path(__file__).parent / "training"))
-from run_helpers import bits, evaluations_of, json_lines, steps_of, write_config
+from run_helpers import bits, evaluations_of, json_lines, saved_state, steps_of, write_config
 
 NUM_TRAIN, NUM_DEV = 48, 6
 PROMPTS: dict[str, Any] = {"max_source_tokens": 24, "max_target_tokens": 8}
@@ -253,6 +257,63 @@ def test_adapters_alone_are_trained_and_merge_into_a_plain_folder(data, tmp_path
     assert main(["merge", str(tmp_path / "merged"), str(tmp_path / "twice")]) == 2  # no adapters
 
 
+def adapters_config(data: Path, output: Path, model: Path, *changes: dict[str, Any]) -> RLConfig:
+    lora = {"method": "ppo", "lora": {"rank": 2}, "optimizer": {"learning_rate": 0.02}, "reward": {"names": ["chrf"]}}
+    return rl_config(data, output, model, lora, *changes)
+
+
+def test_checkpoints_hold_what_is_trained_alone_and_resume_to_the_bit(data, tmp_path, tuned):
+    commands.rl(adapters_config(data, tmp_path / "whole", tuned / "model"))
+    commands.rl(adapters_config(data, tmp_path / "run", tuned / "model", {"training": {"max_steps": 1}}))
+    first = saved_state(tmp_path / "run")
+    commands.rl(adapters_config(data, tmp_path / "run", tuned / "model", {"resume": True}))
+    assert bits(tmp_path / "run") == bits(tmp_path / "whole")
+    names = unpack_tensors(first["model.safetensors"]).keys()
+    assert {name.startswith("critic.") or ".lora_" in name for name in names} == {True}
+    assert first["model.safetensors"] != saved_state(tmp_path / "run")["model.safetensors"]
+    # rank 2 on widths of 256 and 768, times three with AdamW's two moments, against 3.2 million weights
+    checkpoint = sum(len(value) for value in first.values() if isinstance(value, bytes))
+    assert checkpoint < 0.1 * (tuned / "model" / "model.safetensors").stat().st_size
+
+
+def test_a_resumed_run_needs_the_weights_under_its_adapters(data, tmp_path, tuned):
+    run, base = tmp_path / "run", tmp_path / "base"
+    shutil.copytree(tuned / "model", base)
+    commands.rl(adapters_config(data, run, base, {"training": {"max_steps": 1}}))
+    weights = load_file(base / "model.safetensors")
+    next(iter(weights.values())).view(-1)[5] += 1e-3
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"trained on top of weights of {base} .* those read from {base} now are oth"):
+        commands.rl(adapters_config(data, run, base, {"resume": True}))
+    moved = {"resume": True, "accept_changes": ["model"]}  # the same weights elsewhere will do
+    assert commands.rl(adapters_config(data, run, tuned / "model", moved)).steps == 2
+
+
+def test_a_checkpoint_with_all_weights_is_taken_up(data, tmp_path, tuned):
+    """As earlier versions wrote them."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    commands.rl(adapters_config(data, whole, tuned / "model"))
+    short = adapters_config(data, run, tuned / "model", {"training": {"max_steps": 1}})
+    commands.rl(short)
+    store = CheckpointStore(run / "checkpoints")
+    checkpoint = store.latest()
+    assert checkpoint is not None
+    with commands.make_rl_task(short) as task:
+        everything = {name: value.detach() for name, value in task.model.named_parameters()}
+    state: Any = unpack_json(checkpoint.files["state.json"])
+    del state["frozen"]
+    files = checkpoint.files | {"state.json": pack_json(state)}
+    for shift in (1e-3, 0.0):
+        name = next(name for name in everything if "lora_" not in name)
+        other = everything | {name: everything[name] + shift} | unpack_tensors(checkpoint.files["model.safetensors"])
+        store.save(1, files | {"model.safetensors": pack_tensors(other)})
+        if shift:
+            with pytest.raises(ValueError, match="trained on top of weights"):
+                commands.rl(adapters_config(data, run, tuned / "model", {"resume": True}))
+    commands.rl(adapters_config(data, run, tuned / "model", {"resume": True}))
+    assert bits(run) == bits(whole)
+
+
 def test_fine_tuning_with_adapters(data, tmp_path, tuned):
     changes = {"model": {"path": str(tuned / "model")}, "lora": {"rank": 2}, "training": {"max_steps": 1}}
     result = commands.mle(mle_config(data, tmp_path / "run", changes))
@@ -284,3 +345,21 @@ def test_generate_and_evaluate_ask_a_causal_model(data, tmp_path, tuned, capsys)
     assert main(["evaluate", model, *source, *words]) == 0
     right = sum(row["reference"] == line.strip() for row, line in zip(asked, lines, strict=True))
     assert json.loads(capsys.readouterr().out)["exact_match"]["score"] == pytest.approx(100 * right / NUM_DEV)
+
+
+def test_outputs_end_where_samples_do(data, tmp_path, tuned):
+    """By a flag on the command line; on the development set of RL by what ends the samples, or its own."""
+    output, answers = tmp_path / "answers.jsonl", []
+    words = ["generate", str(tuned / "start"), "--input", str(data / "dev.jsonl"), "--output", str(output)]
+    stop = "never"
+    for _ in range(2):
+        assert main([*words, "--max-new-tokens", "8", "--stop-strings", "zz", stop]) == 0
+        answers.append([row["answer"] for row in json_lines(output)])
+        stop = Counter("".join(text[1:] for text in answers[0])).most_common(1)[0][0]
+    assert answers[1] == [text.partition(stop)[0] for text in answers[0]]
+    assert answers[1] != answers[0]
+    stops = {"step": {"stop_strings": ["1"]}}
+    own = {"development": {"decoding": {"stop_strings": ["2"]}}}
+    for changes, expected in (([], ()), ([stops], ("1",)), ([stops, own], ("2",))):
+        with commands.make_rl_task(rl_config(data, tmp_path, tuned / "model", *changes)) as task:
+            assert task.development.decoding.stop_strings == expected

@@ -265,6 +265,37 @@ def test_several_runs_are_compared(tmp_path):
     assert {"A", "B", "C"} <= set(re.findall(r"<text[^>]*>(\w)</text>", page.source))
 
 
+def test_alarms_are_listed_once_and_marked(tmp_path):
+    run, calm = make_run(tmp_path / "run", steps=40), make_run(tmp_path / "calm", steps=40)
+    before = report(run)
+    assert "Alarms" not in before.text
+    said = [
+        (30, "KL blow-up: the policy is far away"),
+        (7, "something else"),
+        (30, "KL blow-up: the policy is far away"),
+    ]
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        for step, text in said:
+            file.write(json.dumps({"step": step, "epoch": 0.5, "kind": "alarm", "alarm": text}) + "\n")
+        file.write('{"kind": "alarm", "alarm": "of no step"}\n{"step": 3, "kind": "alarm", "alarm": 5}\n')
+    assert read_run(run).training == read_run(calm).training
+    page = report(run)
+    assert [row for row in page.rows if "KL blow-up" in row] == [["30", "KL blow-up", "the policy is far away"]]
+    assert ["7", "", "something else"] in page.rows
+    # bleu, chrf and the reward: two triangles each
+    assert page.source.count("<use ") - before.source.count("<use ") == 6
+    assert ["A", "30", "KL blow-up", "the policy is far away"] in report(run, calm).rows
+
+
+def test_many_alarms_are_cut_short(tmp_path):
+    run = make_run(tmp_path / "run", steps=8)
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        for number_said in range(60):
+            file.write(json.dumps({"step": 5, "kind": "alarm", "alarm": f"x: {number_said}"}) + "\n")
+    page = report(run)
+    assert sum(row[1:2] == ["x"] for row in page.rows) == 50 and ["", "", "and 10 more"] in page.rows
+
+
 def test_final_results_are_a_table(tmp_path):
     run = make_run(tmp_path / "run", steps=5)
     rows = [{"system": "MLE", "bleu": 33.774}, {"system": "ESRL", "bleu": 34.95, "p": 0.004}]
@@ -342,7 +373,7 @@ JSON_VALUES = st.recursive(
     max_leaves=6,
 )
 LOGGED = """step epoch kind dev_bleu best reward_mean reward_std num_samples_histogram loss prompt seconds_sample
-    seconds_total capability_mean samples example_id table note signature"""
+    seconds_total capability_mean samples example_id table note signature alarm"""
 KEYS = st.sampled_from(LOGGED.split())
 
 
@@ -388,6 +419,7 @@ def test_payloads_stay_text(tmp_path, payload):
         _write_lines(folder / "metrics.jsonl", [{"step": 1, "reward_mean": 0.1}])
     with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": 4, "kind": "evaluation", f"dev_{payload}": 1.5, "best": True}) + "\n")
+        file.write(json.dumps({"step": 1, "kind": "alarm", "alarm": payload}) + "\n")
     sample = {"text": payload, "reward": 0.5, "count": 2}
     record = {"step": 1, "epoch": 1, "example_id": payload, "prompt": payload, "reference": payload}
     (run / "samples.jsonl").write_text(json.dumps(record | {"samples": [sample]}) + "\n", encoding="utf-8")

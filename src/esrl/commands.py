@@ -176,6 +176,9 @@ def make_rl_task(config: RLConfig, accelerator: Accelerator | None = None) -> It
             objective=config.objective,
             baseline=config.baseline,
         )
+        decoding = config.development.decoding
+        if not decoding.stop_strings:
+            decoding = dataclasses.replace(decoding, stop_strings=config.step.stop_strings)
         yield RLTask(
             policy,
             kept,
@@ -184,7 +187,7 @@ def make_rl_task(config: RLConfig, accelerator: Accelerator | None = None) -> It
             config.sampling,
             config.gradient,
             reward,
-            Development(examples, config.development.metrics, config.development.decoding, encoder),
+            Development(examples, config.development.metrics, decoding, encoder),
             config.seed,
             reference_of(policy, config),
             encoder,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from transformers import (
 
 from esrl.data.encoding import PromptConfig
 from esrl.data.examples import Example, number_examples
-from esrl.data.preferences import score_encoder
+from esrl.data.preferences import SETTINGS, score_encoder
 from esrl.errors import RewardError
 from esrl.rewards.cache import ScoreCache
 from esrl.rewards.calling import RewardConfig, RewardFunction, StepCounts, build_reward
@@ -194,6 +195,34 @@ def test_it_reads_what_reward_models_are_trained_on(tmp_path, family, options):
             1,
             1,
         ]
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_it_reads_as_its_folder_says_it_was_trained(tmp_path, family):
+    """Unless the settings say otherwise; here prompts of 7 tokens and answers of 5."""
+    path = folder_of(tmp_path, family, starts=True, pair=family == "bert")
+    generic, plain = (loaded(path, {"as_chat": chat, "chat_template": "generic"}) for chat in (True, False))
+    config = PromptConfig(as_chat=True, chat_template="generic", max_source_tokens=7, max_target_tokens=5)
+    (path / SETTINGS).write_text(json.dumps(asdict(config)))
+    model = loaded(path, {})
+    assert model.read.max_tokens == 7 + 5 + (3 if family == "bert" else 0)  # [CLS] prompt [SEP] answer [SEP]
+    assert loaded(path, {"max_tokens": 60}).read(PROMPTS, ANSWERS) == generic.read(PROMPTS, ANSWERS)
+    cut, number_cut = model.read(["the " * 20], ["runs"])
+    assert len(cut[0]["input_ids"]) == model.read.max_tokens and number_cut == 1
+    other = {"as_chat": False, "max_tokens": 60}
+    assert loaded(path, other).read(PROMPTS, ANSWERS) == plain.read(PROMPTS, ANSWERS)
+    assert plain.read(PROMPTS, ANSWERS) != generic.read(PROMPTS, ANSWERS)
+    assert loaded(path).read.max_tokens == 64  # a template of one's own is not what it was trained with
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"as_chats": true}', '{"max_source_tokens": 0}', '{"max_source_tokens": "7"}']
+)
+def test_a_note_that_cannot_be_read_is_refused(tmp_path, text):
+    path = folder_of(tmp_path)
+    (path / SETTINGS).write_text(text)
+    with pytest.raises(ValueError, match=rf"{SETTINGS} is no note of how prompts were encoded .* or delete it"):
+        loaded(path, {})
 
 
 def test_conversations_as_reward_models_are_trained_on(llama):

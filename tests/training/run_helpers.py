@@ -47,11 +47,14 @@ PPO: dict[str, Any] = {
     "objective": {"kl_target": 0.05, "kl_horizon": 100},
     "training": {"max_steps": 10},
 }
+# adapters over frozen weights, which are the reference, too
+LORA: dict[str, Any] = {"method": "rloo", "lora": {"rank": 2}, "optimizer": {"learning_rate": 0.02}}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "rl": ("rl", {}),
     "rl-dropout": ("rl", DROPOUT),
     "rl-ppo": ("rl", PPO),
     "rl-bfloat16": ("rl", {"precision": "bfloat16"}),
+    "rl-lora": ("rl", LORA),
     "mle": ("mle", {}),
 }
 

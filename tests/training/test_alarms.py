@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 
 import pytest
+from run_helpers import json_lines, rl_config
 
+from esrl import commands
+from esrl.report import write_report
 from esrl.training.alarms import AlarmConfig, State, new_state, observe_evaluation, observe_step
 
 CONFIG = AlarmConfig(window=4, evaluations=2, metric="dev_bleu", max_kl=5.0, max_equal_share=0.5)
@@ -117,3 +122,19 @@ def test_an_evaluation_without_the_metric_is_not_judged():
 def test_configuration_is_checked(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         AlarmConfig(**options)
+
+
+def test_a_runs_report_lists_its_alarms(assets, tmp_path):
+    """Of a real run, with bounds that any divergence and any prompt of equal rewards break."""
+    alarms = {"window": 1, "max_kl": 1e-9, "max_equal_share": 0.0}
+    training = {"method": "rloo", "training": {"alarms": alarms, "max_steps": 6}}
+    commands.rl(rl_config(assets, tmp_path / "run", training))
+    lines = [row for row in json_lines(tmp_path / "run" / "metrics.jsonl") if row.get("kind") == "alarm"]
+    names = [line["alarm"].partition(": ")[0] for line in lines]
+    assert "KL blow-up" in names and set(names) <= {"KL blow-up", "equal rewards"}
+    page = write_report([tmp_path / "run"], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("<h2>Alarms</h2>") == 1
+    assert re.findall(r">(KL blow-up|equal rewards)</td>", page) == names
+    for line in lines:
+        assert html.escape(line["alarm"].partition(": ")[2]) in page
+    assert page.count("Triangles: alarms.") == 2  # under the development metric and the reward

@@ -22,7 +22,8 @@ from esrl.evaluation.development import Development
 from esrl.models.causal import CausalPolicy
 from esrl.rewards.calling import RewardConfig, build_reward
 from esrl.sampling.engine import EngineSampler, SamplingConfig
-from esrl.training.ends import cut_at_stops, take_ends
+from esrl.sampling.stops import cut_at_stops
+from esrl.training.ends import take_ends
 from esrl.training.gradient import GradientConfig
 from esrl.training.method import Method, StepConfig
 from esrl.training.rl import RLTask

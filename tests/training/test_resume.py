@@ -25,7 +25,7 @@ from run_helpers import (
 from esrl.training.checkpoint import CheckpointStore, unpack_tensors
 
 KILLS = 30
-SHARES = {"rl": 0.3, "rl-dropout": 0.2, "rl-ppo": 0.3, "mle": 0.2}
+SHARES = {"rl": 0.3, "rl-dropout": 0.1, "rl-ppo": 0.2, "rl-lora": 0.2, "mle": 0.2}
 
 pytestmark = pytest.mark.kill
 
@@ -61,6 +61,9 @@ def test_every_step_changes_the_weights_and_nothing_else_varies(server, assets, 
     )  # two of the last batch's four updates are left
     critic = unpack_tensors(ppo["model.safetensors"])["critic.weight"]
     assert float(critic.abs().max()) > 0
+    adapters = unpack_tensors(saved_state(references["rl-lora"].folder)["model.safetensors"])
+    assert all(".lora_" in name for name in adapters)
+    assert all(float(value.abs().max()) > 0 for value in adapters.values())
     assert len(json_lines(references["mle"].folder / "metrics.jsonl")) == 7 + 4  # steps; evaluations at 0, 3, 6, 7
 
 

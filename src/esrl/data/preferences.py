@@ -18,6 +18,9 @@ from esrl.data.batching import pad
 from esrl.data.encoding import Encoder, PromptConfig, prompt_text
 from esrl.data.examples import REJECTED, Example, LengthReport, limit_token_counts
 
+SETTINGS = "esrl_reward.json"
+"""In a reward model's folder: the ``PromptConfig`` that it was trained with. Hugging Face passes it over."""
+
 Fields = dict[str, list[int]]
 """``input_ids`` and, for pairs, ``token_type_ids``."""
 

@@ -11,12 +11,14 @@ import torch
 from esrl.data.batching import make_prompts
 from esrl.data.encoding import Encoder, make_causal_prompts
 from esrl.data.examples import Example
+from esrl.data.stops import check_stops
 from esrl.evaluation.scores import Metric
 from esrl.models.adapters import AnyPolicy
 from esrl.models.causal import CausalPolicy
 from esrl.models.seq2seq import MarianPolicy
 from esrl.sampling.engine import EngineSampler, SamplingConfig
 from esrl.sampling.generate import generate_texts
+from esrl.sampling.stops import cut_at_stops
 from esrl.types import Prompts, SamplingPlan
 
 
@@ -34,11 +36,15 @@ class DecodingConfig:
     """Longer sources are cut; `evaluate` and `generate` say how many. A causal model's limit is that of `prompts`."""
     batch_size: int = 128
     """Sources decoded at a time."""
+    stop_strings: tuple[str, ...] = ()
+    """An output ends before the first of these texts to be completed, as samples do in training: the text is no part
+    of it. It is decoded on to its end token, so its time is not saved."""
 
     def __post_init__(self) -> None:
         for name in ("beam_size", "max_new_tokens", "max_source_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+        check_stops(self.stop_strings)
 
 
 def source_limit(policy: MarianPolicy | CausalPolicy, config: DecodingConfig) -> int:
@@ -74,10 +80,16 @@ def decode(
             part = order[start : start + config.batch_size]
             prompts = _prompts(policy, [examples[i] for i in part], config, encoder)
             if config.beam_size == 1:
-                outputs = list(sampler.sample(prompts, SamplingPlan.greedy(len(part))).texts)
+                rollouts = sampler.sample(prompts, SamplingPlan.greedy(len(part)))
+                outputs = list(cut_at_stops(rollouts, policy.tokenizer, config.stop_strings).texts)
             else:
                 outputs = generate_texts(
-                    policy, prompts, config.max_new_tokens, config.beam_size, config.length_penalty
+                    policy,
+                    prompts,
+                    config.max_new_tokens,
+                    config.beam_size,
+                    config.length_penalty,
+                    config.stop_strings,
                 )
             for i, text in zip(part, outputs, strict=True):
                 texts[i] = text

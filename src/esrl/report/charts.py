@@ -42,9 +42,10 @@ def chart_sections(named: Named) -> tuple[list[Section], list[str]]:
 
 
 def _progress(named: Named) -> Section:
-    rewards = _series(named, "reward_mean", spread="reward_std" if len(named) == 1 else None)
+    rewards = _series(named, "reward_mean", spread="reward_std" if len(named) == 1 else None, alarms=True)
     lead = "The score on held-out data decides" + ("; the reward shows what was optimised." if rewards else ".")
     section = Section("Did it get better?", lead)
+    marked = " Triangles: alarms." if any(run.alarms for _, run in named) else ""
     for key in list(dict.fromkeys(key for _, run in named for key in run.dev_metrics))[:6]:
         series = []
         for i, (label, run) in enumerate(named):
@@ -52,13 +53,18 @@ def _progress(named: Named) -> Section:
             if len(x):
                 point = (finite(run.best_evaluation.get("step")), finite(run.best_evaluation.get(key)))
                 best = point if np.isfinite(point).all() else None
-                series.append(Series(label=label, colour=colour(i)[0], x=x, y=y, best=best, dashed=colour(i)[1]))
+                tint, dashed = colour(i)
+                marks = run.alarm_steps
+                series.append(Series(label=label, colour=tint, x=x, y=y, best=best, alarms=marks, dashed=dashed))
         svg = line_chart(key, series, unit=key.removeprefix("dev_"), smoothed=False, points=True)
-        caption = "On the development set. The ring is the evaluation marked as best, whose model is kept."
+        caption = "On the development set. The ring is the evaluation marked as best, whose model is kept." + marked
         section.figures.append((key.replace("_", " ", 1), caption, svg))
     if rewards:
         band = " Band: one standard deviation of a step's samples." if rewards[0].spread is not None else ""
-        caption = f"Mean over a step's samples; it also moves with the sampling temperature. {_smoothed(named)}{band}"
+        caption = (
+            f"Mean over a step's samples; it also moves with the sampling temperature. {_smoothed(named)}{band}"
+            + marked
+        )
         section.figures.append(("Reward", caption, line_chart("Reward", rewards, unit="reward")))
     return section
 
@@ -220,7 +226,9 @@ def _add(
     section.figures.append((*text, line_chart(text[0], series, **options)))  # type: ignore[arg-type]
 
 
-def _series(named: Sequence[tuple[str, Run]], key: str, spread: str | None = None) -> list[Series]:
+def _series(
+    named: Sequence[tuple[str, Run]], key: str, spread: str | None = None, *, alarms: bool = False
+) -> list[Series]:
     found = []
     for i, (label, run) in enumerate(named):
         x, y = run.column(key)
@@ -231,5 +239,6 @@ def _series(named: Sequence[tuple[str, Run]], key: str, spread: str | None = Non
             spread_x, spread_y = run.column(spread)
             band = spread_y if np.array_equal(spread_x, x) else None
         tint, dashed = colour(i)
-        found.append(Series(label=label, colour=tint, x=x, y=y, spread=band, dashed=dashed))
+        marks = run.alarm_steps if alarms else ()
+        found.append(Series(label=label, colour=tint, x=x, y=y, spread=band, alarms=marks, dashed=dashed))
     return found

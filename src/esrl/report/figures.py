@@ -65,7 +65,8 @@ _STYLE = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
-    """One line of a chart. ``spread`` is half the width of the band around it; ``best`` marks one point."""
+    """One line of a chart. ``spread`` is half the width of the band around it; ``best`` marks one point, and ``alarms``
+    are steps that are marked at the bottom."""
 
     label: str
     colour: str
@@ -73,6 +74,7 @@ class Series:
     y: Array
     spread: Array | None = None
     best: tuple[float, float] | None = None
+    alarms: tuple[float, ...] = ()
     dashed: bool = False
 
 
@@ -145,12 +147,21 @@ def line_chart(
         axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: _value(value, unit, digits=6)))
         _flat_data_gets_room(axes)
         _label_ends(axes, ends)
+        _mark_alarms(axes, series)
         single = series[0].best if len(series) == 1 else None
         if single is not None and single[0] < series[0].x[-1]:
             _label_best(axes, single, _value(single[1], unit), series[0].colour)
 
     suffix = ", log scale" if _wants_log([one.y for one in series]) else ""
     return _figure(title, f"{unit}{suffix}", draw, x_label=x_label)
+
+
+def _mark_alarms(axes: Any, series: Sequence[Series]) -> None:
+    axes.autoscale(False)
+    bottom = axes.get_xaxis_transform()  # steps across, shares of the height upwards
+    for one in series:
+        if one.alarms:
+            axes.plot(one.alarms, [0.03] * len(one.alarms), "^", color=one.colour, markersize=5, transform=bottom)
 
 
 def heat_map(title: str, steps: Array, histograms: Sequence[dict[int, float]]) -> Html:

@@ -10,14 +10,15 @@ from pathlib import Path
 from esrl.errors import StorageError
 from esrl.report.benchmark import benchmark_parts, read_benchmark
 from esrl.report.charts import LEFT_OUT, Section, chart_sections
-from esrl.report.markup import Html, clip, details, element, escape, join, plain, table
+from esrl.report.markup import Html, clip, details, element, escape, join, number, plain, table
 from esrl.report.runs import Row, Run, read_run
 from esrl.report.samples import samples_section
 from esrl.report.style import CSS
-from esrl.report.summary import legend, name_runs, summary_section
+from esrl.report.summary import colour, legend, name_runs, summary_section
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # nothing in the page can load or run anything
 _LONGEST_CONFIG = 60_000
+_MOST_ALARMS = 50
 
 
 def write_report(runs: Sequence[Path], output: Path) -> Path:
@@ -55,7 +56,7 @@ def render(runs: Sequence[Run]) -> Html:
     named = name_runs(runs)
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared"
     charts, left_out = chart_sections(named)
-    parts: list[Html] = [summary_section(named), _result_section(named)]
+    parts: list[Html] = [summary_section(named), _alarm_section(named), _result_section(named)]
     parts += [_chart_section(section, named) for section in charts]
     parts += [samples_section(named), _settings_section(named), _notes(named, left_out)]
     return _document(title, parts)
@@ -113,6 +114,26 @@ def _result_section(named: Sequence[tuple[str, Run]]) -> Html:
         if rest:
             parts.append(_facts(rest))
     return element("section", element("h2", "Final results"), *parts) if parts else Html()
+
+
+def _alarm_section(named: Sequence[tuple[str, Run]]) -> Html:
+    """What looked wrong while the runs went on, in the words they said it in; nothing where nothing did."""
+    rows: list[list[object]] = []
+    for i, (label, run) in enumerate(named):
+        marked = element("b", label, style=f"color:{colour(i)[0]}")
+        for step, text in run.alarms[:_MOST_ALARMS]:
+            name, colon, sentence = text.partition(": ")
+            said = [name, clip(sentence, 2000)] if colon else ["", clip(text, 2000)]
+            rows.append([marked, number(step), *said] if len(named) > 1 else [number(step), *said])
+        if (hidden := len(run.alarms) - _MOST_ALARMS) > 0:
+            rows.append([*([marked] if len(named) > 1 else []), "", "", f"and {hidden:,} more"])
+    if not rows:
+        return Html()
+    header = [*([""] if len(named) > 1 else []), "step", "alarm", "what the figures showed"]
+    lead = "Said by the runs themselves (training.alarms); triangles mark these steps in the figures below."
+    return element(
+        "section", element("h2", "Alarms"), element("p", lead, class_="lead"), table(header, rows), class_="alarms"
+    )
 
 
 def _settings_section(named: Sequence[tuple[str, Run]]) -> Html:

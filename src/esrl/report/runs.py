@@ -38,6 +38,7 @@ class Run:
     name: str
     training: list[Row] = field(default_factory=list)
     evaluations: list[Row] = field(default_factory=list)
+    alarms: list[tuple[float, str]] = field(default_factory=list)  # (step, what was said), in their order
     samples: list[list[Row]] = field(
         default_factory=list
     )  # for each prompt its first record and, if there is, its last
@@ -57,6 +58,10 @@ class Run:
 
     def evaluation_column(self, key: str) -> tuple[Array, Array]:
         return _column(self.evaluations, key)
+
+    @property
+    def alarm_steps(self) -> tuple[float, ...]:
+        return tuple(sorted({step for step, _ in self.alarms}))
 
     def total(self, key: str, *, evaluations: bool = False) -> float:
         """The sum over training lines, on demand also over evaluations; NaN where it was never logged."""
@@ -121,6 +126,7 @@ def _read(path: Path) -> Run:
         name=path.resolve().name,
         training=_by_step(training),
         evaluations=_by_step(evaluations),
+        alarms=_alarms(lines),
         samples=_select_samples(_json_lines(path / "samples.jsonl", notes)),
         config=_text(path / "config.toml", notes),
         environment=_json_object(path / "environment.json", notes),
@@ -146,6 +152,12 @@ def _by_step(rows: list[Row]) -> list[Row]:
     """By rising step; a step logged again after a resume counts once, as logged last."""
     by_step = {step: row for row in rows if (step := finite(row.get("step"))) >= 0}  # NaN is not
     return [by_step[step] for step in sorted(by_step)]
+
+
+def _alarms(rows: list[Row]) -> list[tuple[float, str]]:
+    """Each once: a resumed run may have said it again."""
+    found = ((finite(row.get("step")), row.get("alarm")) for row in rows if row.get("kind") == "alarm")
+    return list(dict.fromkeys((step, text) for step, text in found if step >= 0 and isinstance(text, str)))
 
 
 def _json_lines(path: Path, notes: list[str]) -> Iterator[Row]:

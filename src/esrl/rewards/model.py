@@ -17,10 +17,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from esrl.data.encoding import PromptConfig
 from esrl.data.preferences import Fields
 from esrl.rewards.cache import ScoreCache
 from esrl.rewards.loading import load_reward_model
-from esrl.rewards.reading import Reader, ReadingConfig
+from esrl.rewards.reading import Reader, ReadingConfig, trained_prompts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,15 +55,23 @@ class RewardModel:
     Args:
         model: a sequence-classification model with one label, on its device, in evaluation mode.
         fingerprint: of its files; scores of another model are not taken for its own.
+        trained: how prompts were encoded in its training, where that is known.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, config: ModelRewardConfig, fingerprint: str) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        config: ModelRewardConfig,
+        fingerprint: str,
+        trained: PromptConfig | None = None,
+    ) -> None:
         self.model = model
         self.config = config
         self.fingerprint = fingerprint
         self.cache = ScoreCache(config.cache_size)
         text_config = model.config.get_text_config()
-        self.read = Reader(tokenizer, config.reading, _positions(text_config))
+        self.read = Reader(tokenizer, config.reading, _positions(text_config), trained)
         self._pad = text_config.pad_token_id
         if self._pad is None:
             # The score is read at the last token that is not PAD. Without one only texts of one length go together,
@@ -161,8 +170,9 @@ def load(config: ModelRewardConfig) -> RewardModel:
         raise ValueError("reward model: model.path is not set; name the reward model's folder.")
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]
     model, tokenizer, fingerprint = load_reward_model(config.path, dtype, _device(config.device))
+    trained = trained_prompts(Path(config.path))
     try:
-        return RewardModel(model, tokenizer, config, fingerprint)
+        return RewardModel(model, tokenizer, config, fingerprint, trained)
     except ValueError as error:
         raise ValueError(f"{config.path}: {error}") from error
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from esrl.data.encoding import PromptConfig, special_prefix
 from esrl.data.examples import MESSAGES, SOURCE, Example
-from esrl.data.preferences import Fields, score_encoder
+from esrl.data.preferences import SETTINGS, Fields, score_encoder
 from esrl.rewards.common import plain_text
+
+_MAX_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,35 +28,64 @@ class ReadingConfig:
     """The text of form `template`."""
     append_eos: bool = False
     """With form `template`: end the text with the tokenizer's EOS."""
-    as_chat: bool = False
-    """With form `trained`: make a plain prompt a conversation, where the model was trained so."""
-    chat_template: Literal["model", "generic"] = "model"
-    """With form `trained`: how conversations became text when the model was trained."""
-    max_tokens: int = 2048
+    as_chat: bool | None = None
+    """With form `trained`: whether a plain prompt is made a conversation. Unset: as in the model's training, which
+    `esrl reward-model` notes in its folder (`esrl_reward.json`); without that file it is not."""
+    chat_template: Literal["model", "generic"] | None = None
+    """With form `trained`: how conversations become text, as `prompts.chat_template`. Unset: as in the model's
+    training; without that file `model`."""
+    max_tokens: int | None = None
     """A longer input loses the beginning of its prompt (BOS or CLS stays), so that the end of the answer, where the
-    score is read, stays; counted as `model_truncated_share`. Never more than the model has positions for."""
+    score is read, stays; counted as `model_truncated_share`. Unset: with form `trained`, the longest prompt and the
+    longest answer of the model's training together; else, or without that file, 2048. Never more than the model has
+    positions for."""
 
     def __post_init__(self) -> None:
-        for name, choices in (("form", ("trained", "template", "chat")), ("chat_template", ("model", "generic"))):
-            if getattr(self, name) not in choices:
+        allowed = {"form": ("trained", "template", "chat"), "chat_template": ("model", "generic")}
+        for name, choices in allowed.items():
+            if getattr(self, name) not in choices and (name, getattr(self, name)) != ("chat_template", None):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}.")
         if "{completion}" not in self.template:
             raise ValueError(f"template is {self.template!r}; it must hold {{completion}} (and {{prompt}}).")
-        if self.max_tokens < 1:
+        if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"max_tokens is {self.max_tokens}; it must be 1 or more.")
+
+
+def trained_prompts(folder: Path) -> PromptConfig | None:
+    """How prompts were encoded when ``esrl reward-model`` trained the model of a folder; None where that is not noted.
+
+    Raises:
+        ValueError: the file cannot be read, or holds something else.
+    """
+    file = folder / SETTINGS
+    if not file.is_file():
+        return None
+    try:
+        return PromptConfig(**json.loads(file.read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{file} is no note of how prompts were encoded ({error}). Copy it from the run that trained the model, or "
+            "delete it and set reward.model.reading."
+        ) from error
 
 
 class Reader:
     """Prompts and answers to a reward model's inputs.
 
+    Args:
+        positions: how many tokens the model can read.
+        trained: how prompts were encoded in its training (``trained_prompts``), where that is known.
+
     Raises:
         ValueError: the tokenizer lacks the EOS or the chat template that the settings ask for.
     """
 
-    def __init__(self, tokenizer: Any, config: ReadingConfig, positions: int) -> None:
+    def __init__(
+        self, tokenizer: Any, config: ReadingConfig, positions: int, trained: PromptConfig | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         self.config = config
-        self.max_tokens = min(config.max_tokens, positions)
+        limit = _MAX_TOKENS
         self._prefix = special_prefix(tokenizer)
         if config.form == "chat" and not tokenizer.chat_template:
             raise ValueError(
@@ -63,14 +95,19 @@ class Reader:
         if config.form == "template" and config.append_eos and not tokenizer.eos_token:
             raise ValueError("reading.append_eos is set, but the reward model's tokenizer has no EOS; unset it.")
         if config.form == "trained":
+            known = trained or PromptConfig()
             # nothing is cut there, since the limit here is one for prompt and answer together
             whole = PromptConfig(
-                chat_template=config.chat_template,
-                as_chat=config.as_chat,
+                chat_template=config.chat_template or known.chat_template,
+                as_chat=known.as_chat if config.as_chat is None else config.as_chat,
                 max_source_tokens=1 << 30,
                 max_target_tokens=1 << 30,
             )
             self._encoder = score_encoder(tokenizer, whole)
+            if trained is not None:
+                special = getattr(self._encoder, "special_tokens", 0)
+                limit = trained.max_source_tokens + trained.max_target_tokens + special
+        self.max_tokens = min(config.max_tokens or limit, positions)
 
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], messages: Sequence[str] | None = None

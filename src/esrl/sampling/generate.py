@@ -5,14 +5,17 @@ It serves beam search, the tests and the benchmark. Its draws come from torch's 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from esrl.data.stops import stop_rows
 from esrl.models.causal import CausalPolicy
 from esrl.models.precision import in_precision
 from esrl.models.seq2seq import MarianPolicy
+from esrl.sampling.stops import decoder
 from esrl.types import Prompts
 
 
@@ -51,13 +54,16 @@ def left_padded(prompts: Prompts, pad_token: int) -> tuple[Tensor, Tensor]:
 
 
 def generate_texts(
-    policy: MarianPolicy | CausalPolicy, prompts: Prompts, max_new_tokens: int, beam_size: int, length_penalty: float
+    policy: MarianPolicy | CausalPolicy,
+    prompts: Prompts,
+    max_new_tokens: int,
+    beam_size: int,
+    length_penalty: float,
+    stops: Sequence[str] = (),
 ) -> list[str]:
-    """Beam search, one text per prompt."""
+    """Beam search, one text per prompt, cut at its stop string where it has one; the search itself knows of none."""
     tokens = generate_tokens(
         policy, prompts, max_new_tokens, do_sample=False, num_beams=beam_size, length_penalty=length_penalty
-    )
-    texts: list[str] = policy.tokenizer.batch_decode(
-        tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
-    return texts
+    ).cpu()
+    # padding is a special token, which gives no text
+    return stop_rows(tokens, torch.ones_like(tokens, dtype=torch.bool), decoder(policy.tokenizer), stops)[2]

@@ -26,7 +26,7 @@ from esrl.training.interrupts import Interrupts
 from esrl.training.memory import peak_memory_mb, reset_peak_memory
 from esrl.training.optimization import Optimizer, OptimizerConfig, learning_rate
 from esrl.training.processes import Processes
-from esrl.training.restore import check_fingerprint, load_parameters
+from esrl.training.restore import check_fingerprint, frozen_digest, restore_parameters
 from esrl.training.run_folder import RunFolder
 from esrl.training.task import Task, Update
 
@@ -119,6 +119,7 @@ class Loop:
         self.config = config
         self.alarms = replace(config.alarms, metric=config.alarms.metric or config.metric_for_best_model)
         self.optimizer = Optimizer(task.model, optimizer)
+        self._frozen = frozen_digest(dict(task.model.named_parameters()), self.optimizer.names)
         self.run_folder = run
         self.seed = seed
         self.fingerprint = dict(fingerprint)
@@ -336,11 +337,12 @@ class Loop:
         if not self.processes.is_main:
             return
         self.state.offsets = self.run_folder.offsets()
-        state = {"loop": asdict(self.state), "task": self.task.state_dict(), "fingerprint": self.fingerprint}
+        state: dict[str, Any] = {"loop": asdict(self.state), "task": self.task.state_dict()}
+        state |= {"fingerprint": self.fingerprint, "frozen": self._frozen}
         self.run_folder.store.save(
             self.state.step,
             {
-                "model.safetensors": pack_tensors(dict(self.task.model.named_parameters())),
+                "model.safetensors": pack_tensors(self.optimizer.trained()),
                 "optimizer.safetensors": pack_tensors(self.optimizer.tensors()),
                 "state.json": pack_json(state),
             },
@@ -387,7 +389,7 @@ class Loop:
         check_fingerprint(state["fingerprint"], self.fingerprint)
         self.state = LoopState(**state["loop"])
         self.task.load_state_dict(state["task"])
-        load_parameters(self.task.model, checkpoint.files["model.safetensors"], checkpoint.path)
+        restore_parameters(self.task.model, self.optimizer.trained(), self._frozen, checkpoint, state)
         self.optimizer.load_tensors(unpack_tensors(checkpoint.files["optimizer.safetensors"]))
         if self.processes.is_main:
             self.run_folder.truncate_logs(self.state.offsets)

@@ -34,8 +34,9 @@ class StepConfig:
     minibatch_of: Literal["prompts", "samples"] = "prompts"
     """Whether a pass is split by prompts, with all their samples, or by samples."""
     stop_strings: tuple[str, ...] = ()
-    """An answer also ends with the token that completes one of these texts, which are no part of it. It is sampled on
-    to its end token, so its time is not saved."""
+    """An answer also ends with the token that completes one of these texts, which are no part of it; on the
+    development set, too, unless `development.decoding` has stop strings of its own. It is sampled on to its end token,
+    so its time is not saved."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:

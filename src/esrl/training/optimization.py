@@ -83,6 +83,10 @@ class Optimizer:
             fused=True,  # one pass without temporaries of the model's size
         )
 
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trained parameters by name."""
+        return dict(zip(self.names, self.parameters, strict=True))
+
     def zero_grad(self) -> None:
         self.adam.zero_grad(set_to_none=True)
 
@@ -127,7 +131,7 @@ class Optimizer:
         }
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        by_name = dict(zip(self.names, self.parameters, strict=True))
+        by_name = self.trained()
         for full_name, value in tensors.items():
             key, name = full_name.split(".", 1)
             parameter = by_name[name]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+import hashlib
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from esrl.training.checkpoint import unpack_tensors
+from esrl.training.checkpoint import Checkpoint, unpack_tensors
 
 
 def check_fingerprint(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -27,15 +27,54 @@ def check_fingerprint(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
             )
 
 
-def load_parameters(model: nn.Module, data: bytes, checkpoint: Path) -> None:
-    """Set the parameters to those of a checkpoint.
+def frozen_digest(parameters: Mapping[str, Tensor], trained: Collection[str]) -> str | None:
+    """sha256 of the weights that are not trained, which checkpoints do not hold; None where all are.
+
+    Args:
+        parameters: all of a model's, by name.
+        trained: names of those that are trained.
+    """
+    weights = {name: value for name, value in parameters.items() if name not in trained}
+    digest = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest() if weights else None
+
+
+def restore_parameters(
+    model: nn.Module, trained: Mapping[str, nn.Parameter], frozen: str | None, checkpoint: Checkpoint, state: Any
+) -> None:
+    """Set the trained parameters to those of a checkpoint.
+
+    Args:
+        trained: the parameters that the run trains.
+        frozen: ``frozen_digest`` of the others.
+        state: the checkpoint's ``state.json``; without a digest it is an earlier version's, which saved all weights.
 
     Raises:
-        ValueError: they are another architecture's.
+        ValueError: the checkpoint is another architecture's, or was trained over other frozen weights.
     """
-    parameters, saved = dict(model.named_parameters()), unpack_tensors(data)
-    if {name: value.shape for name, value in saved.items()} != {n: p.shape for n, p in parameters.items()}:
-        raise ValueError(f"{checkpoint} was saved from another architecture; start anew with --overwrite.")
+    is_whole = "frozen" not in state
+    saved = unpack_tensors(checkpoint.files["model.safetensors"])
+    expected = dict(model.named_parameters()) if is_whole else trained
+    if {name: value.shape for name, value in saved.items()} != {n: p.shape for n, p in expected.items()}:
+        raise ValueError(f"{checkpoint.path} was saved from another architecture; start anew with --overwrite.")
+    before = frozen_digest(saved, trained) if is_whole else state["frozen"]
+    if before != frozen:
+        held = state["fingerprint"]
+        model_then = held.get("model") or held.get("model.path") or "a new model"
+        raise ValueError(
+            f"{checkpoint.path} was trained on top of weights of {model_then} (sha256 {str(before)[:12]}), which it "
+            f"does not hold; those read from {_source(model)} now are others (sha256 {str(frozen)[:12]}). "
+            "Restore the model that the run began with, or start anew with --overwrite."
+        )
     with torch.no_grad():
-        for name, value in saved.items():
-            parameters[name].copy_(value)
+        for name, parameter in trained.items():
+            parameter.copy_(saved[name])
+
+
+def _source(model: nn.Module) -> str:
+    """The folder or hub name that a model was loaded from."""
+    names = (getattr(getattr(part, "config", None), "name_or_path", None) for part in model.modules())
+    return next((str(name) for name in names if name), "the new model")

@@ -22,15 +22,12 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from esrl.algorithm.streams import seed_of
 from esrl.data.batching import shuffled_batches
 from esrl.data.examples import REJECTED, Example
-from esrl.data.preferences import Fields, ScoreEncoder, collate, margins
+from esrl.data.preferences import SETTINGS, Fields, ScoreEncoder, collate, margins
 from esrl.evaluation.reward_model import PreferenceReport, preference_report
 from esrl.models.precision import Precision, autocast
 from esrl.training.accumulation import Accumulation
 from esrl.training.processes import Processes
 from esrl.training.task import Update, export_folder
-
-SETTINGS = "esrl_reward.json"
-"""In the model's folder: how prompts were encoded. Hugging Face passes it over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

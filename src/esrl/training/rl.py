@@ -25,8 +25,9 @@ from esrl.models.seq2seq import MarianPolicy
 from esrl.rewards.calling import RewardFunction, RewardResult, StepCounts
 from esrl.sampling.engine import EngineSampler, SamplingConfig
 from esrl.sampling.graph import sample_with_graph
+from esrl.sampling.stops import cut_at_stops
 from esrl.training.critic import keeping_states, trained_modules, value_head
-from esrl.training.ends import cut_at_stops, take_ends
+from esrl.training.ends import take_ends
 from esrl.training.experience import Experience, pack_experience, unpack_experience
 from esrl.training.figures import Outcome, Stopwatch, sample_lines, step_metrics
 from esrl.training.gradient import GradientConfig, StageTwo
