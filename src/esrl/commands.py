@@ -46,7 +46,7 @@ from esrl.settings import to_toml
 from esrl.training.display import say
 from esrl.training.loop import Loop, LoopState
 from esrl.training.method import Method
-from esrl.training.reward_model import RewardModelTask, load_classifier
+from esrl.training.reward_model import RewardModelTask, load_classifier, set_padding
 from esrl.training.rl import RLTask
 from esrl.training.run_folder import RESULT, RunFolder, environment, plain
 from esrl.training.storage import remove_tree
@@ -118,7 +118,7 @@ def reward_model(config: RewardModelConfig) -> RunResult:
         development = _load(config.development.data, run.is_main)
         _require_pairs(training, "data")
         _require_pairs(development, "development.data")
-        model, tokenizer = load_classifier(config.model, config.seed)
+        model, tokenizer = load_classifier(config.model, config.seed, lora=config.lora)
         if config.reward_model.use_dropout:
             require_dropout(model, "reward_model.use_dropout")
         encoder = pair_encoder(model, tokenizer, config.prompts)
@@ -260,7 +260,8 @@ def _judge_pairs(run: RunFolder, task: RewardModelTask) -> None:
     if not task.development:
         return
     best, _ = load_classifier(run.path / "model", task.seed)
-    task.model.load_state_dict(best.state_dict())
+    set_padding(best, task.tokenizer, task.encoder.pad_token)
+    task.model = best.to(task.model.device)
     report = task.report()
     assert report is not None
     if run.is_main:

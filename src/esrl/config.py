@@ -199,6 +199,8 @@ class RewardModelConfig(RunConfig):
     """How prompts and answers become token ids."""
     reward_model: PairwiseConfig = field(default_factory=PairwiseConfig)
     """The loss and its batches."""
+    lora: LoraSettings | None = None
+    """Train low-rank adapters and the head alone; the saved folder is a whole model. Unset: all weights."""
     development: DevelopmentConfig = field(default_factory=lambda: DevelopmentConfig(metrics=()))
     """Development pairs (`data`); nothing is decoded."""
     training: LoopConfig = field(default_factory=lambda: LoopConfig(num_epochs=1, metric_for_best_model="dev_accuracy"))
