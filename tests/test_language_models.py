@@ -275,6 +275,19 @@ def test_fine_tuning_with_adapters(data, tmp_path, tuned):
         commands.mle(mle_config(data, tmp_path / "new", {"lora": {"rank": 2}}))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="four bits are refused where there is no CUDA device")
+def test_four_bits_are_refused_before_a_run_begins(data, tmp_path, tuned):
+    model, lora = {"model": {"path": str(tuned / "model")}}, {"lora": {"load_in_4bit": True}}
+    with pytest.raises(ValueError, match=r"load_in_4bit needs .*a CUDA device, missing here"):
+        commands.mle(mle_config(data, tmp_path / "run", model, lora))
+    with pytest.raises(ValueError, match=r"load_in_4bit needs .*a CUDA device, missing here"):
+        commands.rl(rl_config(data, tmp_path / "run", tuned / "model", lora))
+    assert not (tmp_path / "run").exists()
+    values = merge(shared(data, tmp_path / "run"), {"model": str(tuned / "model"), **lora})
+    with pytest.raises(ValueError, match="load_in_4bit is for esrl rl and mle"):
+        build(RewardModelConfig, values, "test")
+
+
 def test_models_that_a_run_needs_are_not_overwritten(data, tmp_path, tuned, judged):
     reward = {"reward": {"names": ["model"], "model": {"path": str(judged / "model")}}, "overwrite": True}
     with pytest.raises(ValueError, match=r"reward.* lies in .* which --overwrite deletes"):

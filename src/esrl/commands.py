@@ -16,6 +16,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
 from esrl.building import (
+    base_policy,
     encoder_for,
     fine_tuning_task,
     likelihood_task,
@@ -29,7 +30,7 @@ from esrl.building import (
     within_limits,
     within_prompts,
 )
-from esrl.config import MLEConfig, RewardModelConfig, RLConfig, RunConfig, absolute_model, pinned, signature
+from esrl.config import MLEConfig, RewardModelConfig, RLConfig, RunConfig, pinned, signature
 from esrl.data.examples import Example
 from esrl.data.preferences import limit_pairs
 from esrl.data.readers import DataConfig, load_examples
@@ -38,7 +39,6 @@ from esrl.evaluation.scores import check_references, metrics_by_name
 from esrl.fingerprint import accepted, fingerprint, flatten
 from esrl.judge import JudgeConfig, run_judge
 from esrl.models.causal import CausalPolicy
-from esrl.models.load import load_policy
 from esrl.report import write_report
 from esrl.rewards.calling import METRICS, RewardConfig, build_reward
 from esrl.rewards.text import ExactMatch, Metric
@@ -159,8 +159,7 @@ def make_rl_task(config: RLConfig, accelerator: Accelerator | None = None) -> It
         reward.check_columns(training[0].columns)
         built_in = _metrics(config.reward)
         check_references(built_in, (example.columns["reference"] for example in training if built_in))
-        # adapters name their base, which must be found from anywhere
-        policy = with_adapters(load_policy(absolute_model(config.model)), config.lora, config.seed)
+        policy = with_adapters(base_policy(config.model, config.lora), config.lora, config.seed)
         policy.model.to(accelerator.device)
         encoder = encoder_for(policy, config.prompts, config.sampling.max_new_tokens)
         if encoder is None:

@@ -206,6 +206,10 @@ class RewardModelConfig(RunConfig):
     training: LoopConfig = field(default_factory=lambda: LoopConfig(num_epochs=1, metric_for_best_model="dev_accuracy"))
     """Length of the run (1 epoch, unless num_epochs says otherwise), evaluation, saving."""
 
+    def __post_init__(self) -> None:
+        if self.lora is not None and self.lora.load_in_4bit:
+            raise ValueError("lora.load_in_4bit is for esrl rl and mle; a reward model is saved whole: leave it out.")
+
 
 def rl_config(method: str, **values: Any) -> RLConfig:
     """An RL configuration: the settings of a method and, above them, ``values``, nested as in a TOML file.

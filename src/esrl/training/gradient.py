@@ -82,8 +82,8 @@ class StageTwo:
         """Whether l must be computed anew: stage one's serves where its numerics agree (method.md, section 4)."""
         if self.config.rescore is not None:
             return self.config.rescore
-        parameter = next(iter(self.policy.model.parameters()))
-        return bool(self.config.dropout) or parameter.dtype in (torch.bfloat16, torch.float16)
+        exact = (torch.float32, torch.float64)  # the others: half precision, or 4 bits in bytes
+        return bool(self.config.dropout) or any(p.dtype not in exact for p in self.policy.model.parameters())
 
     def shrink(self, micro_batch_tokens: int) -> None:
         """Go on with the micro-batch that an earlier part of the run had to take."""
