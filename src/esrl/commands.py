@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
@@ -307,7 +308,9 @@ def _accelerator(config: RunConfig) -> Accelerator:
         if name in LoggerType and name != "all" and name not in installed:
             raise ValueError(f"report_to names {name!r}, whose package is not installed: pip install {name}.")
     trackers = list(config.report_to)
-    return Accelerator(log_with=trackers or None, project_dir=config.output_dir if trackers else None)
+    # unless it is told to run on CPUs, it takes each of torchrun's processes there for the only one
+    cpu = not torch.accelerator.is_available()
+    return Accelerator(cpu=cpu, log_with=trackers or None, project_dir=config.output_dir if trackers else None)
 
 
 def _run_folder(config: RunConfig, accelerator: Accelerator) -> RunFolder:
