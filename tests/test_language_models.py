@@ -202,6 +202,20 @@ def test_a_reward_model_is_reported_on(judged):
     assert json.loads((judged / "model" / "esrl_reward.json").read_text())["max_target_tokens"] == 8
 
 
+def test_a_reward_model_with_adapters_is_a_reward_as_any(data, tmp_path, tuned):
+    changes = {"model": str(tuned / "model"), "data": {"format": "preferences"}, "reward_model": {"batch_size": 16}}
+    values = merge(shared(data, tmp_path / "run", "-pairs"), changes)
+    values = merge(values, {"development": {"data": {"format": "preferences"}}})
+    file = str(write_config(tmp_path / "reward-model.toml", values))
+    assert main(["reward-model", file, "--lora.rank", "2"]) == 0
+    report = json.loads((tmp_path / "run" / "reward_model.json").read_text())
+    best = max(evaluations_of(tmp_path / "run"), key=lambda row: row["dev_accuracy"])
+    assert report["accuracy"] == best["dev_accuracy"] and report["loss"] == pytest.approx(best["dev_loss"], rel=1e-4)
+    reward = {"reward": {"names": ["model"], "model": {"path": str(tmp_path / "run" / "model")}}, "method": "grpo"}
+    commands.rl(rl_config(data, tmp_path / "rl", tuned / "model", reward))
+    assert len({row["reward_mean"] for row in steps_of(tmp_path / "rl")}) == 2
+
+
 def test_what_is_no_pair_is_refused(data, tmp_path, tuned):
     values = merge(shared(data, tmp_path / "run"), {"model": str(tuned / "model")})
     with pytest.raises(ValueError, match=r'data are no pairs .* set data.format = "preferences"'):
@@ -320,6 +334,19 @@ def test_fine_tuning_with_adapters(data, tmp_path, tuned):
     assert has_adapter(load_policy(result.model))
     with pytest.raises(ValueError, match="lora needs a trained model"):
         commands.mle(mle_config(data, tmp_path / "new", {"lora": {"rank": 2}}))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="four bits are refused where there is no CUDA device")
+def test_four_bits_are_refused_before_a_run_begins(data, tmp_path, tuned):
+    model, lora = {"model": {"path": str(tuned / "model")}}, {"lora": {"load_in_4bit": True}}
+    with pytest.raises(ValueError, match=r"load_in_4bit needs .*a CUDA device, missing here"):
+        commands.mle(mle_config(data, tmp_path / "run", model, lora))
+    with pytest.raises(ValueError, match=r"load_in_4bit needs .*a CUDA device, missing here"):
+        commands.rl(rl_config(data, tmp_path / "run", tuned / "model", lora))
+    assert not (tmp_path / "run").exists()
+    values = merge(shared(data, tmp_path / "run"), {"model": str(tuned / "model"), **lora})
+    with pytest.raises(ValueError, match="load_in_4bit is for esrl rl and mle"):
+        build(RewardModelConfig, values, "test")
 
 
 def test_models_that_a_run_needs_are_not_overwritten(data, tmp_path, tuned, judged):

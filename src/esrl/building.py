@@ -21,6 +21,7 @@ from esrl.models import adapters
 from esrl.models.adapters import LoraSettings, add_adapter, has_adapter
 from esrl.models.causal import CausalPolicy
 from esrl.models.load import load_policy
+from esrl.models.quantized import load_quantized
 from esrl.models.seq2seq import PRESETS, MarianPolicy, Preset, new_policy
 from esrl.models.tokenizer import train_tokenizer
 from esrl.training.display import say
@@ -57,8 +58,7 @@ def starting_policy(config: MLEConfig, start: Path | None, training: Sequence[Ex
     """
     model = config.model
     if model.path is not None:
-        # adapters name their base, which must be found from anywhere
-        policy = load_policy(absolute_model(model.path))
+        policy = base_policy(model.path, config.lora)
         if isinstance(policy, MarianPolicy) and (config.lora is not None or has_adapter(policy)):
             raise ValueError(
                 f"{model.path}: an encoder-decoder's likelihood is trained in all its weights; leave lora out, and "
@@ -130,6 +130,12 @@ def new_causal(preset: Preset, tokenizer: Any, max_length: int, seed: int) -> Ca
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
     return CausalPolicy(model, tokenizer)
+
+
+def base_policy(path: str, settings: LoraSettings | None) -> MarianPolicy | CausalPolicy:
+    """The model of a folder or hub name, in 4 bits where the adapters' settings say so."""
+    path = absolute_model(path)  # adapters name their base, which must be found from anywhere
+    return load_quantized(path) if settings is not None and settings.load_in_4bit else load_policy(path)
 
 
 def with_adapters(

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
 from esrl.building import (
+    base_policy,
     encoder_for,
     fine_tuning_task,
     likelihood_task,
@@ -29,7 +31,7 @@ from esrl.building import (
     within_limits,
     within_prompts,
 )
-from esrl.config import MLEConfig, RewardModelConfig, RLConfig, RunConfig, absolute_model, pinned, signature
+from esrl.config import MLEConfig, RewardModelConfig, RLConfig, RunConfig, pinned, signature
 from esrl.data.examples import Example
 from esrl.data.preferences import limit_pairs
 from esrl.data.readers import DataConfig, load_examples
@@ -38,7 +40,6 @@ from esrl.evaluation.scores import check_references, metrics_by_name
 from esrl.fingerprint import accepted, fingerprint, flatten
 from esrl.judge import JudgeConfig, run_judge
 from esrl.models.causal import CausalPolicy
-from esrl.models.load import load_policy
 from esrl.report import write_report
 from esrl.rewards.calling import METRICS, RewardConfig, build_reward
 from esrl.rewards.text import ExactMatch, Metric
@@ -46,7 +47,7 @@ from esrl.settings import to_toml
 from esrl.training.display import say
 from esrl.training.loop import Loop, LoopState
 from esrl.training.method import Method
-from esrl.training.reward_model import RewardModelTask, load_classifier
+from esrl.training.reward_model import RewardModelTask, load_classifier, set_padding
 from esrl.training.rl import RLTask
 from esrl.training.run_folder import RESULT, RunFolder, environment, plain
 from esrl.training.storage import remove_tree
@@ -119,7 +120,7 @@ def reward_model(config: RewardModelConfig) -> RunResult:
         development = _load(config.development.data, run.is_main)
         _require_pairs(training, "data")
         _require_pairs(development, "development.data")
-        model, tokenizer = load_classifier(config.model, config.seed)
+        model, tokenizer = load_classifier(config.model, config.seed, lora=config.lora)
         if config.reward_model.use_dropout:
             require_dropout(model, "reward_model.use_dropout")
         encoder = pair_encoder(model, tokenizer, config.prompts)
@@ -161,8 +162,7 @@ def make_rl_task(config: RLConfig, accelerator: Accelerator | None = None) -> It
         reward.check_columns(training[0].columns)
         built_in = _metrics(config.reward)
         check_references(built_in, (example.columns["reference"] for example in training if built_in))
-        # adapters name their base, which must be found from anywhere
-        policy = with_adapters(load_policy(absolute_model(config.model)), config.lora, config.seed)
+        policy = with_adapters(base_policy(config.model, config.lora), config.lora, config.seed)
         policy.model.to(accelerator.device)
         policy.precision = config.precision
         encoder = encoder_for(policy, config.prompts, config.sampling.max_new_tokens)
@@ -266,7 +266,8 @@ def _judge_pairs(run: RunFolder, task: RewardModelTask) -> None:
     if not task.development:
         return
     best, _ = load_classifier(run.path / "model", task.seed)
-    task.model.load_state_dict(best.state_dict())
+    set_padding(best, task.tokenizer, task.encoder.pad_token)
+    task.model = best.to(task.model.device)
     report = task.report()
     assert report is not None
     if run.is_main:
@@ -313,7 +314,9 @@ def _accelerator(config: RunConfig) -> Accelerator:
         if name in LoggerType and name != "all" and name not in installed:
             raise ValueError(f"report_to names {name!r}, whose package is not installed: pip install {name}.")
     trackers = list(config.report_to)
-    return Accelerator(log_with=trackers or None, project_dir=config.output_dir if trackers else None)
+    # unless it is told to run on CPUs, it takes each of torchrun's processes there for the only one
+    cpu = not torch.accelerator.is_available()
+    return Accelerator(cpu=cpu, log_with=trackers or None, project_dir=config.output_dir if trackers else None)
 
 
 def _run_folder(config: RunConfig, accelerator: Accelerator) -> RunFolder:

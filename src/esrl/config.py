@@ -203,10 +203,16 @@ class RewardModelConfig(RunConfig):
     """How prompts and answers become token ids."""
     reward_model: PairwiseConfig = field(default_factory=PairwiseConfig)
     """The loss and its batches."""
+    lora: LoraSettings | None = None
+    """Train low-rank adapters and the head alone; the saved folder is a whole model. Unset: all weights."""
     development: DevelopmentConfig = field(default_factory=lambda: DevelopmentConfig(metrics=()))
     """Development pairs (`data`); nothing is decoded."""
     training: LoopConfig = field(default_factory=lambda: LoopConfig(num_epochs=1, metric_for_best_model="dev_accuracy"))
     """Length of the run (1 epoch, unless num_epochs says otherwise), evaluation, saving."""
+
+    def __post_init__(self) -> None:
+        if self.lora is not None and self.lora.load_in_4bit:
+            raise ValueError("lora.load_in_4bit is for esrl rl and mle; a reward model is saved whole: leave it out.")
 
 
 def rl_config(method: str, **values: Any) -> RLConfig:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import copy
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 from causal_models import LENGTHS, PROMPT_INDEX, make_causal, make_prompts, not_suppressed, plain_logits, random_answers
 from causal_models import decoder_inputs as causal_inputs
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from esrl.models.adapters import LoraSettings, add_adapter, has_adapter, load_adapter, merge_adapter, reference
 from esrl.models.causal import CausalPolicy
 from esrl.models.causal_decoder import FrozenCausalDecoder
 from esrl.models.load import load_policy
+from esrl.models.quantized import load_quantized
 from esrl.models.seq2seq import MarianPolicy
 from esrl.sampling.engine import EngineSampler, SamplingConfig
+from esrl.training.gradient import GradientConfig, StageTwo
 from esrl.types import Prompts, SamplingPlan
 
 
@@ -147,6 +150,57 @@ def test_modules_to_save_are_trained_whole(tokenizer):
     torch.testing.assert_close(not_suppressed(policy, ours), not_suppressed(policy, theirs), rtol=0, atol=1e-9)
     with reference(policy):
         assert not torch.allclose(scores(policy, prompts), before)
+
+
+class ByteLinear(nn.Linear):
+    """Weights in 8 bits and a scale per row, as quantized layers have them: ``weight`` is not what is multiplied by."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, bias=False, dtype=layer.weight.dtype, device="meta")
+        self.scale = layer.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.weight = nn.Parameter((layer.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight * self.scale)
+
+
+@pytest.mark.parametrize("on_top", [False, True])
+def test_quantized_layers_run_as_they_are(on_top, tokenizer):
+    """Neither stage may read such a weight: both fall back to the layer itself, under adapters, too."""
+    policy = make_causal("llama", tokenizer)
+    start = copy.deepcopy(policy.model)
+    for layer in policy.model.model.layers:
+        for block in (layer.self_attn, layer.mlp):
+            for name, part in [(n, p) for n, p in block.named_children() if isinstance(p, nn.Linear)]:
+                setattr(block, name, ByteLinear(part))
+    if on_top:
+        policy = adapted(policy)
+    prompts, answers = make_prompts(LENGTHS), random_answers(len(PROMPT_INDEX), 9)
+    inputs = causal_inputs(policy, prompts, PROMPT_INDEX, answers)
+    frozen = policy.frozen_decoder()
+    assert type(frozen) is FrozenCausalDecoder  # Llama's own reads weights
+    with torch.no_grad():
+        state = policy.encode(prompts)
+        two = policy.projection().logits(policy.hidden_states(state, PROMPT_INDEX, inputs))
+        decoder = frozen.start(state, PROMPT_INDEX)
+        one = torch.stack([frozen.projection.logits(decoder.step(inputs[:, t])) for t in range(9)], 1)
+        expected = plain_logits(policy.model, prompts, PROMPT_INDEX, answers)
+        unquantized = plain_logits(start, prompts, PROMPT_INDEX, answers)
+    for found in (one, two):
+        torch.testing.assert_close(not_suppressed(policy, found), not_suppressed(policy, expected), rtol=0, atol=1e-9)
+    assert float((expected - unquantized).abs().max()) > 1e-3
+    assert StageTwo(policy, GradientConfig()).rescores  # its numbers are not exact
+
+
+def test_four_bits_are_refused_where_they_cannot_be(tokenizer, tmp_path):
+    make_causal("llama", tokenizer, torch.float32).save(tmp_path)
+    missing = [] if find_spec("bitsandbytes") else ["bitsandbytes"]
+    missing += [] if torch.cuda.is_available() else ["a CUDA device"]
+    if not missing:
+        assert has_adapter(add_adapter(load_quantized(str(tmp_path)), LoraSettings(rank=2)))
+        return
+    with pytest.raises(ValueError, match=r"load_in_4bit needs .*" + ".*".join(missing) + ".*set load_in_4bit = false"):
+        load_quantized(str(tmp_path))
 
 
 def test_dropout_reaches_the_adapters(tokenizer):

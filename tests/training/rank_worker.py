@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from language_helpers import classifier
+from language_helpers import causal_model, classifier, preferences
+from language_helpers import examples as questions
 from language_helpers import tokenizer as byte_level
 from safetensors.torch import save_file
 from torch import nn
@@ -29,6 +30,8 @@ from esrl.algorithm.baselines import BaselineConfig
 from esrl.algorithm.capability import CapabilityConfig
 from esrl.algorithm.objectives import ObjectiveConfig
 from esrl.data.demo import make_examples
+from esrl.data.encoding import Encoder, PromptConfig
+from esrl.data.preferences import score_encoder
 from esrl.errors import RewardError
 from esrl.evaluation.decode import DecodingConfig
 from esrl.evaluation.development import Development
@@ -43,8 +46,10 @@ from esrl.training.gradient import GradientConfig
 from esrl.training.loop import Loop, LoopConfig
 from esrl.training.optimization import Optimizer, OptimizerConfig
 from esrl.training.processes import Processes
+from esrl.training.reward_model import PairwiseConfig, RewardModelTask
 from esrl.training.rl import Method, RLTask, StepConfig
 from esrl.training.run_folder import RunFolder
+from esrl.training.sft import SFTConfig, SFTTask
 
 BATCH = 7
 METHODS: dict[str, tuple[ObjectiveConfig, BaselineConfig, StepConfig]] = {
@@ -67,6 +72,7 @@ METHODS: dict[str, tuple[ObjectiveConfig, BaselineConfig, StepConfig]] = {
 ESRL = (ObjectiveConfig(alpha=0.1), BaselineConfig(queue_size=20), StepConfig(batch_size=BATCH))
 REWARDS = ("normalised", "model")
 """Kinds of ESRL with other rewards."""
+LANGUAGE = ("sft", "pairs")
 
 
 def reward_config(kind: str, output: Path) -> RewardConfig:
@@ -128,6 +134,41 @@ def run(kind: str, num_examples: int, output: Path) -> tuple[dict[str, Any], dic
     return record, tensors
 
 
+def language_task(kind: str) -> SFTTask | RewardModelTask:
+    """Fine-tuning on packed rows, or pairs: a batch of seven and one of one."""
+    words, prompts = byte_level(bos=True), PromptConfig()
+    if kind == "sft":
+        # seven examples of this epoch have 122 tokens, the last one 30
+        config = SFTConfig(batch_tokens=140, micro_batch_tokens=100, row_tokens=50)
+        rows = questions()
+        return SFTTask(causal_model(), Encoder(words, prompts), rows, config, 1, development=rows[:1])
+    pairs, settings = preferences(), PairwiseConfig(batch_size=BATCH, micro_batch_tokens=200, centering=0.01)
+    return RewardModelTask(
+        classifier(), words, score_encoder(words, prompts), pairs, settings, 1, development=pairs[:1]
+    )
+
+
+def run_language(kind: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """An epoch: what was logged, each step's summed gradient, and what it ends with."""
+    task, tensors = language_task(kind), {}
+    optimizer = Optimizer(task.model, OptimizerConfig(learning_rate=1e-3))
+    record: dict[str, Any] = {"steps": []}
+    for batch in range(task.num_batches(0)):
+        optimizer.zero_grad()
+        update = task.compute(0, batch)
+        task.processes.sum_gradients(optimizer.parameters)
+        gradients = zip(optimizer.names, optimizer.parameters, strict=True)
+        tensors |= {f"{batch}.{name}": p.grad.clone() for name, p in gradients if p.grad is not None}
+        denominator, loss = task.processes.sum(update.denominator), task.processes.sum(update.loss)
+        optimizer.scale_and_clip(denominator)
+        optimizer.step(1e-3)
+        empty = task.processes.any(update.denominator == 0)
+        record["steps"].append({"metrics": update.metrics, "loss": loss, "denominator": denominator, "empty": empty})
+    record["scores"] = task.evaluate()
+    tensors |= {f"final.{name}": p.detach().clone() for name, p in task.model.named_parameters()}
+    return record, tensors
+
+
 def primitives() -> dict[str, Any]:
     """What ``Processes`` itself promises."""
     processes = Processes()
@@ -162,6 +203,9 @@ def rank_main(rank: int, size: int, num_examples: int, output: Path) -> None:
     record: dict[str, Any] = {"primitives": primitives()}
     for kind in ("two_stage", "graph", *METHODS, *REWARDS):
         record[kind], tensors = run(kind, num_examples, output)
+        save_file(tensors, output / f"{name}-{kind}.safetensors")
+    for kind in LANGUAGE:
+        record[kind], tensors = run_language(kind)
         save_file(tensors, output / f"{name}-{kind}.safetensors")
     (output / f"{name}.json").write_text(json.dumps(record))
     if size > 1:

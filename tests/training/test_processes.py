@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from run_helpers import metric_rows, saved_state
+from language_helpers import causal_model, preferences, tokenizer
+from run_helpers import metric_rows, saved_state, write_config
 from safetensors.torch import load_file
 
 from esrl.training.processes import Processes
 
+PAIRS = preferences()
 WORKER = Path(__file__).with_name("rank_worker.py")
 
 
@@ -111,6 +113,26 @@ def test_two_processes_learn_like_one(output, examples, kind):
     assert float(expected[f"0.{prefix}model.shared.weight"].abs().max()) > 1e-3
 
 
+@pytest.mark.parametrize("kind", ["sft", "pairs"])
+def test_two_processes_fine_tune_and_learn_pairs_like_one(output, kind):
+    """The second batch has one example, so that one process has none, and neither has it one to evaluate."""
+    one, expected = record(output, EVEN, 0, 1)[kind], tensors(output, EVEN, kind, 0, 1)
+    packed = [step["metrics"].pop("packed_share", None) for step in one["steps"]]
+    for rank in (0, 1):
+        found = record(output, EVEN, rank, 2)[kind]
+        assert [step.pop("empty") for step in found["steps"]] == [False, True]
+        shares = [step["metrics"].pop("packed_share", None) for step in found["steps"]]
+        # rows are filled in each process; a single example fills its row either way
+        assert kind == "pairs" or (0.6 < shares[0] <= 1 and packed[1] == shares[1] == 1)
+        assert_close(found, {**one, "steps": [{k: v for k, v in s.items() if k != "empty"} for s in one["steps"]]})
+        parts = tensors(output, EVEN, kind, rank, 2)
+        assert parts.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(parts[name], value, rtol=1e-6, atol=1e-9, msg=name)
+    head = "model.embed_tokens.weight"
+    assert float(expected[f"0.{head}"].abs().max()) > 1e-3 and float(expected[f"1.{head}"].abs().max()) > 1e-3
+
+
 @pytest.mark.parametrize("examples", [EVEN, EMPTY])
 def test_processes_have_one_cache_of_a_reward_models_scores(output, examples):
     """Each has scored its own samples, and both have the scores of all. Against one process they differ by rounding."""
@@ -153,6 +175,39 @@ def test_a_reward_that_fails_on_one_process_stops_all_and_loses_nothing(output):
     assert metric_rows(output / "broken") == metric_rows(output / "whole")
     whole, resumed = saved_state(output / "whole"), saved_state(output / "broken")
     assert whole["step"] == 4 and whole == resumed
+
+
+def test_the_command_in_two_processes_gives_the_reward_model_of_one(tmp_path):
+    """`torchrun ... esrl reward-model`: adapters, evaluation, the report at the end."""
+    tokenizer(bos=True).save_pretrained(tmp_path / "base")
+    causal_model(dtype=torch.float32).save_pretrained(tmp_path / "base")
+    rows = [{"prompt": e.source, "chosen": e.columns["reference"], "rejected": e.columns["rejected"]} for e in PAIRS]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"path": str(tmp_path / "pairs.jsonl"), "format": "preferences"}
+    values = {
+        "model": str(tmp_path / "base"),
+        "data": data,
+        "development": {"data": data},
+        "prompts": {"max_target_tokens": 64},
+        "lora": {"rank": 2},
+        "reward_model": {"batch_size": 3},
+        "optimizer": {"learning_rate": 1e-2, "adam_epsilon": 1e-4},  # rounding of tiny gradients stays tiny
+        "training": {"metric_for_best_model": "dev_margin"},
+    }
+    for count in (1, 2):
+        file = write_config(tmp_path / f"{count}.toml", values | {"output_dir": str(tmp_path / str(count))})
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        subprocess.run(
+            [*command, "-m", "esrl.cli", "reward-model", str(file)], env=environment, timeout=240, check=True
+        )
+    one, two = (json.loads((tmp_path / count / "reward_model.json").read_text()) for count in ("1", "2"))
+    assert one["pairs"] == two["pairs"] == len(PAIRS) and two["margin"] == pytest.approx(one["margin"], rel=1e-3)
+    first, second = (load_file(tmp_path / count / "model" / "model.safetensors") for count in ("1", "2"))
+    start = load_file(tmp_path / "base" / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
+    assert float((first["model.layers.0.self_attn.q_proj.weight"] - start).abs().max()) > 1e-4
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_primitives_of_two_processes(output):

@@ -9,17 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from language_helpers import causal_model, classifier, preferences, tokenizer
-from peft import LoraConfig, get_peft_model
+from language_helpers import VOCABULARY, causal_model, classifier, preferences, tokenizer
 from run_helpers import bits, evaluations_of, steps_of
 from tokenizer_helpers import bert_like
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     MarianConfig,
     MarianMTModel,
+    RobertaConfig,
+    RobertaForMaskedLM,
     pipeline,
 )
 
@@ -27,6 +29,8 @@ from esrl.data.encoding import PromptConfig
 from esrl.data.examples import Example, number_examples
 from esrl.data.preferences import collate, score_encoder
 from esrl.errors import Interrupted
+from esrl.models.adapters import LoraSettings
+from esrl.rewards.loading import load_reward_model
 from esrl.training.loop import Loop, LoopConfig
 from esrl.training.optimization import OptimizerConfig
 from esrl.training.reward_model import (
@@ -37,6 +41,7 @@ from esrl.training.reward_model import (
     pairwise_loss,
     rewards_of,
     score_rows,
+    set_padding,
 )
 from esrl.training.run_folder import RunFolder
 
@@ -231,16 +236,100 @@ def test_two_labels_and_models_without_a_classifier_are_refused(tmp_path):
         load_classifier(tmp_path / "nothing", 1)
 
 
-def test_adapters_and_the_head_are_trained_and_the_rest_is_left_alone():
-    task = make_task()
-    base = task.compute(0, 0).loss
-    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="SEQ_CLS")
-    model = get_peft_model(classifier(), config).double()
-    adapted = RewardModelTask(model, task.tokenizer, task.encoder, PAIRS, task.config, 1)
-    assert adapted.compute(0, 0).loss == pytest.approx(base, rel=1e-9)  # a fresh LoRA changes nothing
-    trained = [name for name, p in model.named_parameters() if p.grad is not None]
-    assert any("lora_" in name for name in trained) and any("score" in name for name in trained)
-    assert all("lora_" in name or "score" in name for name in trained)
+def adapted_task(folder: Path, **settings: Any) -> RewardModelTask:
+    """The pairwise step with adapters on a folder's model."""
+    model, words = load_classifier(folder, 1, torch.float32, LoraSettings(rank=2, **settings))
+    encoder = score_encoder(words, PromptConfig())
+    return RewardModelTask(model, words, encoder, PAIRS, PairwiseConfig(batch_size=3), 1, development=PAIRS[:5])
+
+
+@pytest.fixture
+def language_model(tmp_path) -> Path:
+    return save(tmp_path / "language-model", causal_model(dtype=torch.float32), tokenizer(bos=True))
+
+
+@pytest.fixture
+def encoder_model(tmp_path) -> Path:
+    words = tokenizer(bos=True)
+    words.cls_token, words.sep_token = words.bos_token, words.eos_token
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(1)
+    model = RobertaForMaskedLM(RobertaConfig(vocab_size=VOCABULARY, pad_token_id=words.pad_token_id, **sizes))
+    return save(tmp_path / "encoder", model, words)
+
+
+def start_of(folder: Path, task: RewardModelTask) -> Any:
+    """What the adapters were put on."""
+    model = load_classifier(folder, 1)[0]
+    set_padding(model, task.tokenizer, task.encoder.pad_token)
+    return model
+
+
+def scores_of(task: RewardModelTask, model: Any = None) -> list[float]:
+    return score_rows(model or task.model, task.chosen, task.encoder.pad_token, 500)
+
+
+def trained_by_a_step(task: RewardModelTask) -> set[str]:
+    task.compute(0, 0)
+    reached = {name for name, p in task.model.named_parameters() if p.grad is not None}
+    assert reached == {name for name, p in task.model.named_parameters() if p.requires_grad}
+    return reached
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
+def test_adapters_and_the_head_are_trained_and_the_rest_is_left_alone(kind, tmp_path):
+    folder = save(tmp_path, causal_model(kind, torch.float32), tokenizer(bos=True))
+    task = adapted_task(folder)
+    assert scores_of(task) == pytest.approx(scores_of(task, start_of(folder, task)))  # the same head, adapters of 0
+    trained = trained_by_a_step(task)
+    head = "base_model.model.score.modules_to_save.default.weight"
+    assert head in trained and len(trained) > 5 and all("lora_" in name for name in trained - {head})
+
+
+def test_an_encoders_new_head_is_trained_whole(encoder_model):
+    trained = trained_by_a_step(adapted_task(encoder_model))
+    head = {name for name in trained if "lora_" not in name}
+    layers = {f"classifier.modules_to_save.default.{part}" for part in ("dense", "out_proj")}
+    assert head == {f"base_model.model.{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+    assert any("roberta.encoder.layer.1.attention.self.query.lora_A" in name for name in trained)
+
+
+def test_what_an_encoders_folder_lacks_is_trained_whole(tmp_path):
+    words = bert_like()
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    folder = save(tmp_path, BertForMaskedLM(BertConfig(vocab_size=len(words), **sizes)), words)
+    trained = trained_by_a_step(adapted_task(folder))
+    whole = {name.partition(".modules_to_save")[0] for name in trained if "lora_" not in name}
+    assert whole == {"base_model.model.classifier", "base_model.model.bert.pooler.dense"}
+
+
+@pytest.mark.parametrize("kind", ["language_model", "encoder_model"])
+def test_a_run_with_adapters_resumes_to_the_bit_and_its_folder_is_plain(kind, tmp_path, request):
+    folder = request.getfixturevalue(kind)
+    whole = run_loop(tmp_path / "whole", adapted_task(folder))
+    run_loop(tmp_path / "parts", adapted_task(folder), steps=4)
+    task = adapted_task(folder)
+    run_loop(tmp_path / "parts", task, resume=True)
+    assert bits(tmp_path / "parts") == bits(whole)
+    (tmp_path / "exported").mkdir()
+    task._export(tmp_path / "exported")
+    files = {path.name for path in (tmp_path / "exported").iterdir()}
+    assert "model.safetensors" in files and "adapter_model.safetensors" not in files
+    read, _, _ = load_reward_model(tmp_path / "exported", torch.float32, torch.device("cpu"))
+    start = start_of(folder, task)
+    assert [(n, p.shape) for n, p in read.named_parameters()] == [(n, p.shape) for n, p in start.named_parameters()]
+    assert scores_of(task, read) == pytest.approx(scores_of(task), rel=1e-4, abs=1e-5)
+    assert scores_of(task, read) != pytest.approx(scores_of(task, start), rel=1e-2, abs=1e-3)
+
+
+def test_wrong_adapters_are_refused(language_model, tmp_path):
+    with pytest.raises(ValueError, match=r"lora names 'pooler', and this llama model has no such module"):
+        adapted_task(language_model, modules_to_save=("pooler",))
+    with pytest.raises(ValueError, match="lora names 'query', and this llama model"):
+        adapted_task(language_model, target_modules=("query",))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"this holds adapters, no whole model; join them .*esrl merge"):
+        load_classifier(tmp_path, 1)
 
 
 def test_what_is_no_preference_is_refused():

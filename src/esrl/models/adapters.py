@@ -31,6 +31,8 @@ class LoraSettings:
     """Names of the layers that get one; empty: all linear layers but the vocabulary projection."""
     modules_to_save: tuple[str, ...] = ()
     """Names of modules that are trained whole and saved with the adapters."""
+    load_in_4bit: bool = False
+    """QLoRA: keep the causal model under the adapters in 4 bits; needs bitsandbytes and a CUDA device."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:

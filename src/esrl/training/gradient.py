@@ -83,8 +83,8 @@ class StageTwo:
         """Whether l must be computed anew: stage one's serves where its numerics agree (method.md, section 4)."""
         if self.config.rescore is not None:
             return self.config.rescore
-        parameter = next(iter(self.policy.model.parameters()))
-        half = self.policy.precision != "float32" or parameter.dtype in (torch.bfloat16, torch.float16)
+        exact = (torch.float32, torch.float64)  # the others: half precision, or 4 bits in bytes
+        half = self.policy.precision != "float32" or any(p.dtype not in exact for p in self.policy.model.parameters())
         return half or bool(self.config.dropout)
 
     def shrink(self, micro_batch_tokens: int) -> None:

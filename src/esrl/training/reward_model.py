@@ -9,7 +9,7 @@ eq. 2) and a term that centres rewards at 0 (Eisenstein et al. 2023):
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from esrl.data.batching import shuffled_batches
 from esrl.data.examples import REJECTED, Example
 from esrl.data.preferences import SETTINGS, Fields, ScoreEncoder, collate, margins
 from esrl.evaluation.reward_model import PreferenceReport, preference_report
+from esrl.models.adapters import ADAPTER_CONFIG, LoraSettings
+from esrl.models.classifier_adapters import adapt_classifier, save_merged
 from esrl.models.precision import Precision, autocast
 from esrl.training.accumulation import Accumulation
 from esrl.training.processes import Processes
@@ -56,14 +58,22 @@ class PairwiseConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more and finite.")
 
 
-def load_classifier(path: str | Path, seed: int, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def load_classifier(
+    path: str | Path, seed: int, dtype: torch.dtype = torch.float32, lora: LoraSettings | None = None
+) -> tuple[Any, Any]:
     """A sequence classifier with one label, and its tokenizer, from any model folder or hub name.
 
     A folder without such a head gets a new one, whose weights the seed decides.
 
+    Args:
+        lora: new adapters, whose first weights the seed decides, too; they and the head are trained. None: all weights.
+
     Raises:
-        ValueError: a classifier with another number of labels, or a kind of model that has no classifier.
+        ValueError: a classifier with another number of labels, a kind of model that has no classifier, adapters without
+            their base, or see `adapt_classifier`.
     """
+    if (Path(path) / ADAPTER_CONFIG).is_file():
+        raise ValueError(f"{path}: this holds adapters, no whole model; join them with their base: `esrl merge`.")
     try:
         config = AutoConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -78,10 +88,15 @@ def load_classifier(path: str | Path, seed: int, dtype: torch.dtype = torch.floa
     with torch.random.fork_rng():
         torch.manual_seed(seed_of("reward head", seed))
         try:
-            model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=dtype)
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                path, num_labels=1, dtype=dtype, output_loading_info=True
+            )
         except ValueError as error:
             raise ValueError(f"{path}: {config.model_type} models have no classifier ({_one_line(error)}).") from error
-    model.config.problem_type = "regression"
+        model.config.problem_type = "regression"
+        if lora is not None:
+            new = {str(key).rpartition(".")[0] for key in report["missing_keys"]}
+            model = adapt_classifier(model, lora, new)
     return model, tokenizer
 
 
@@ -92,7 +107,6 @@ class RewardModelTask:
         model: a Hugging Face sequence classifier with one label, or a PEFT model around one, on its device.
         examples: preferences (format ``preferences``), within the length limits (`data.preferences.limit_pairs`).
         development: preferences to report on; may be empty.
-        save: writes the model folder; None: model and tokenizer by ``save_pretrained``.
         precision: of matrix products.
     """
 
@@ -106,7 +120,6 @@ class RewardModelTask:
         seed: int,
         *,
         development: Sequence[Example] = (),
-        save: Callable[[Path], None] | None = None,
         precision: Precision = "float32",
     ) -> None:
         self.model = model
@@ -114,7 +127,6 @@ class RewardModelTask:
         self.encoder = encoder
         self.config = config
         self.seed = seed
-        self.save = save
         self.precision = precision
         self.processes = Processes()
         set_padding(model, tokenizer, encoder.pad_token)
@@ -207,11 +219,11 @@ class RewardModelTask:
         return float(loss.detach()), float((lead.sign() + 1).sum() / 2), float(lead.sum())
 
     def _export(self, folder: Path) -> None:
-        if self.save is not None:
-            self.save(folder)
+        if hasattr(self.model, "peft_config"):
+            save_merged(self.model, folder)
         else:
             self.model.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
         settings = asdict(self.encoder.config)
         (folder / SETTINGS).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
