@@ -84,6 +84,17 @@ def test_a_run_that_cannot_begin_leaves_no_folder(assets, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_budget_of_sampled_tokens_ends_a_run_that_samples_and_is_refused_elsewhere(assets, tmp_path):
+    budget: dict[str, Any] = {"training": {"num_epochs": False, "max_sampled_tokens": 301}}
+    commands.rl(rl_config(assets, tmp_path / "rl", {"development": {"data": False}}, budget))
+    drawn = [step["tokens_sampled"] for step in steps_of(tmp_path / "rl")]
+    # a step draws 6 x (4 + 1) x 10 at most
+    assert len(drawn) > 1 and sum(drawn[:-1]) < 301 <= sum(drawn)
+    with pytest.raises(ValueError, match="only `esrl rl` samples"):
+        commands.mle(mle_config(assets, tmp_path / "mle", budget))
+    assert [path.name for path in tmp_path.iterdir()] == ["rl"]
+
+
 def test_overwriting_begins_anew(assets, finished):
     (finished / "stray").touch()
     result = commands.rl(rl_config(assets, finished, SHORT, {"overwrite": True, "training": {"max_steps": 1}}))

@@ -209,6 +209,10 @@ def _train(
     label: str,
 ) -> RunResult:
     """Run the loop and write what a run leaves behind. The folder is begun last, when nothing else can be refused."""
+    if config.training.max_sampled_tokens is not None and not isinstance(config, RLConfig):
+        raise ValueError(
+            "training.max_sampled_tokens is set, but only `esrl rl` samples; set max_steps, num_epochs or max_seconds."
+        )
     held = fingerprint(config, examples)
     tracker = accelerator.log if config.report_to else None
     loop = Loop(

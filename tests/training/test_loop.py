@@ -64,7 +64,7 @@ class WalkTask:
             self.committed.append((epoch, batch))
             return [{"line": len(self.committed)}]
 
-        return Update(loss=6.0, denominator=2.0, metrics={"own": batch}, commit=commit)
+        return Update(loss=6.0, denominator=2.0, metrics={"own": batch, "tokens_sampled": 10}, commit=commit)
 
     def evaluate(self) -> dict[str, float]:
         if self.scores is None:
@@ -218,6 +218,14 @@ def test_the_step_that_passes_max_seconds_is_the_last(tmp_path):
     assert run_loop(tmp_path, task, config, resume=True).was_complete
 
 
+@pytest.mark.parametrize(("limit", "steps"), [(1, 1), (30, 3), (31, 4)])
+def test_the_step_that_reaches_max_sampled_tokens_is_the_last(tmp_path, limit, steps):
+    config = replace(CONFIG, num_epochs=None, max_sampled_tokens=limit, eval_steps=100)
+    assert run_loop(tmp_path, WalkTask(), config).state.step == steps  # 10 tokens each
+    longer = run_loop(tmp_path, WalkTask(), replace(config, max_sampled_tokens=61), resume=True)
+    assert (longer.state.step, longer.state.sampled_tokens) == (7, 70)  # a resumed run goes on counting
+
+
 def test_evaluation_and_saving_do_not_count_as_training_time(tmp_path):
     class Slow(WalkTask):
         def evaluate(self) -> dict[str, float]:
@@ -247,7 +255,8 @@ def test_what_cannot_be_run_is_refused(tmp_path):
         run_loop(tmp_path / "b", WalkTask([0.0]), metric_for_best_model="dev_bleu")
     with pytest.raises(ValueError, match="without any of them a run never ends"):
         LoopConfig()
-    for name in ("max_steps", "num_epochs", "max_seconds", "eval_steps", "patience", "save_steps"):
+    limits = ("max_steps", "num_epochs", "max_seconds", "max_sampled_tokens")
+    for name in (*limits, "eval_steps", "patience", "save_steps"):
         for value in (0, -1, math.nan, math.inf):
             with pytest.raises(ValueError, match=f"{name} is {value}; it must be above 0"):
                 LoopConfig(**{"num_epochs": 1, name: value})
@@ -440,10 +449,11 @@ def test_alarms_resume_where_they_were(tmp_path):
         assert metric_rows(tmp_path / str(stop)) == metric_rows(tmp_path / "whole")
 
 
-def test_a_checkpoint_from_before_there_were_alarms_is_taken_up():
+@pytest.mark.parametrize("name", ["alarms", "sampled_tokens"])
+def test_a_checkpoint_from_before_there_was_something_is_taken_up(name):
     state = LoopState(step=3, epoch=1)
     older = asdict(state)
-    del older["alarms"]
+    del older[name]
     assert LoopState(**older) == state
 
 

@@ -41,6 +41,8 @@ class LoopConfig:
     """Passes over the training data; the run ends at whichever of the limits comes first."""
     max_seconds: float | None = None
     """Training time, evaluation and saving not counted; the step that passes it is the last."""
+    max_sampled_tokens: int | None = None
+    """Tokens that `esrl rl` draws, greedy first estimates included; the step that reaches it is the last."""
     eval_steps: int | None = None
     """Evaluate on the development set every so many steps; unset: at the end of each epoch."""
     eval_on_start: bool = True
@@ -61,7 +63,8 @@ class LoopConfig:
     """When to say that something looks wrong; a run goes on all the same."""
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "num_epochs", "max_seconds", "eval_steps", "patience", "save_steps"):
+        limits = ("max_steps", "num_epochs", "max_seconds", "max_sampled_tokens")
+        for name in (*limits, "eval_steps", "patience", "save_steps"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; it must be above 0 and finite.")
@@ -69,8 +72,8 @@ class LoopConfig:
             raise ValueError(f"save_seconds is {self.save_seconds}; it must be 0 or more.")
         if self.skip_nonfinite < 0:
             raise ValueError(f"skip_nonfinite is {self.skip_nonfinite}; it must be 0 or more.")
-        if self.max_steps is None and self.num_epochs is None and self.max_seconds is None:
-            raise ValueError("set max_steps, num_epochs or max_seconds: without any of them a run never ends.")
+        if all(getattr(self, name) is None for name in limits):
+            raise ValueError(f"set one of {', '.join(limits)}: without any of them a run never ends.")
 
 
 @dataclass(slots=True)
@@ -81,6 +84,7 @@ class LoopState:
     epoch: int = 0
     batch: int = 0
     seconds: float = 0.0
+    sampled_tokens: int = 0
     evaluated_step: int = -1
     best_score: float | None = None
     best_step: int = -1
@@ -113,7 +117,7 @@ class Loop:
         if optimizer.lr_scheduler in ("linear", "cosine") and config.max_steps is None and config.num_epochs is None:
             raise ValueError(
                 f"lr_scheduler {optimizer.lr_scheduler!r} falls to 0 at the last step, so it needs max_steps or "
-                "num_epochs, not max_seconds alone."
+                "num_epochs beside other limits."
             )
         self.task = task
         self.config = config
@@ -223,6 +227,7 @@ class Loop:
             seconds = time.monotonic() - started
             self.state.skipped = 0
             self._advance(seconds)
+            self.state.sampled_tokens += update.metrics.get("tokens_sampled", 0)
             self._is_sound = True
             metrics = self._position() | update.metrics | figures
             metrics |= {"seconds_total": seconds, "peak_memory_mb": peak_memory_mb()}
@@ -311,7 +316,8 @@ class Loop:
 
     def _is_over(self) -> bool:
         state, config = self.state, self.config
-        if self.total_steps is not None and state.step >= self.total_steps:
+        most_steps, most_tokens = self.total_steps or math.inf, config.max_sampled_tokens or math.inf
+        if state.step >= most_steps or state.sampled_tokens >= most_tokens:
             return True
         if config.patience is not None and state.evaluations_without_gain >= config.patience:
             return True
