@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from esrl.algorithm.streams import seed_of
 from esrl.config import MLEConfig, RewardModelConfig, RLConfig, RunConfig, absolute_model
@@ -19,21 +18,16 @@ from esrl.data.preferences import ScoreEncoder, score_encoder
 from esrl.evaluation.development import Development
 from esrl.models import adapters
 from esrl.models.adapters import LoraSettings, add_adapter, has_adapter
-from esrl.models.causal import CausalPolicy
+from esrl.models.causal import CAUSAL_PRESETS, CausalPolicy, new_causal
 from esrl.models.load import load_policy
 from esrl.models.quantized import load_quantized
-from esrl.models.seq2seq import PRESETS, MarianPolicy, Preset, new_policy
+from esrl.models.seq2seq import PRESETS, MarianPolicy, new_policy
 from esrl.models.tokenizer import train_tokenizer
 from esrl.training.display import say
 from esrl.training.ends import take_ends
 from esrl.training.mle import MLETask
 from esrl.training.reference import Reference, switched_reference
 from esrl.training.sft import SFTTask
-
-CAUSAL_PRESETS = {
-    "llama-tiny": Preset(width=256, layers=4, heads=4, inner_width=768),
-    "llama-small": Preset(width=384, layers=6, heads=6, inner_width=1152),
-}
 
 
 def models_of(config: RunConfig) -> list[str]:
@@ -110,26 +104,6 @@ def fine_tuning_task(
     if show and task.warning is not None:
         say(task.warning)
     return task
-
-
-def new_causal(preset: Preset, tokenizer: Any, max_length: int, seed: int) -> CausalPolicy:
-    """A randomly initialised Llama with tied embeddings; the same weights for the same seed."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=preset.width,
-        intermediate_size=preset.inner_width,
-        num_hidden_layers=preset.layers,
-        num_attention_heads=preset.heads,
-        max_position_embeddings=max_length,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
-    return CausalPolicy(model, tokenizer)
 
 
 def base_policy(path: str, settings: LoraSettings | None) -> MarianPolicy | CausalPolicy:

@@ -15,14 +15,13 @@ from esrl.algorithm.baselines import RewardQueue, baseline_values
 from esrl.algorithm.groups import Groups
 from esrl.algorithm.objectives import ObjectiveConfig, RewardedSamples, coefficients
 from esrl.benchmark.contestants import Contestant, Job, load_model, wait
+from esrl.benchmark.steps import RATE, make_room
 from esrl.benchmark.workloads import as_prompts
 from esrl.sampling.engine import EngineSampler, SamplingConfig
 from esrl.training.gradient import GradientConfig, StageTwo
 from esrl.training.optimization import Optimizer, OptimizerConfig
 from esrl.types import SamplingPlan
 
-# the optimizer does all its work, but the model stays what it is: every step has the same law of lengths
-_RATE = 1e-12
 _CLASSES = 11
 
 
@@ -38,9 +37,9 @@ class OurGRPO:
         self.job = job
         self.policy = load_model(job)
         self.objective = ObjectiveConfig(kind="grpo")
-        self.optimizer = Optimizer(self.policy.model, OptimizerConfig(learning_rate=_RATE))
+        self.optimizer = Optimizer(self.policy.model, OptimizerConfig(learning_rate=RATE))
         self.sampler = EngineSampler(self.policy, SamplingConfig(max_new_tokens=job.max_new_tokens), seed=1)
-        _make_room(self.optimizer.parameters)
+        make_room(self.optimizer.parameters)
 
     def run(self, seed: int, num_prompts: int | None = None) -> Callable[[], list[int]]:
         """One step; returns how to learn the samples' lengths."""
@@ -72,7 +71,7 @@ class OurGRPO:
         _, gradient = coefficients(log_probs, samples, self.objective)
         StageTwo(self.policy, GradientConfig()).backward(prompts, rollouts, gradient, None, seed)
         self.optimizer.scale_and_clip(len(prompts))
-        self.optimizer.step(_RATE)
+        self.optimizer.step(RATE)
         wait()
         return lambda: lengths
 
@@ -106,7 +105,7 @@ class TRLGRPO:
                     num_generations=job.samples,
                     max_completion_length=job.max_new_tokens,
                     gradient_checkpointing=checkpointing,
-                    learning_rate=_RATE,
+                    learning_rate=RATE,
                     loss_type="grpo",
                     beta=0.0,
                     temperature=1.0,
@@ -118,7 +117,7 @@ class TRLGRPO:
         self.trainer.create_optimizer()
         self.trainer.current_gradient_accumulation_steps = 1
         self.parameters = [parameter for parameter in self.trainer.model.parameters() if parameter.requires_grad]
-        _make_room(self.parameters)
+        make_room(self.parameters)
 
     def run(self, seed: int, num_prompts: int | None = None) -> Callable[[], list[int]]:
         """One step; returns how to learn the samples' lengths."""
@@ -134,12 +133,6 @@ class TRLGRPO:
         assert made is not None
         counts: Callable[[], list[int]] = made[0]["completion_mask"].sum(1).tolist
         return counts
-
-
-def _make_room(parameters: Sequence[torch.nn.Parameter]) -> None:
-    """The gradients' room belongs to the model: what a step needs on top of it is measured."""
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
 
 
 LANGUAGE_STEPS: dict[str, Callable[[Job], Contestant]] = {

@@ -9,7 +9,7 @@ package: Hugging Face's ``generate``, then one padded forward with all logits.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -33,7 +33,7 @@ from esrl.training.optimization import Optimizer, OptimizerConfig
 from esrl.types import Prompts, Rollouts, SamplingPlan
 
 # the optimizer does all its work, but the model stays what it is: every step has the same law of lengths
-_RATE = 1e-12
+RATE = 1e-12
 _GOLDEN = 0.6180339887498949  # its multiples are spread evenly over [0, 1)
 
 Sampled = tuple[Rollouts, Callable[[RewardedSamples], None]]
@@ -62,15 +62,13 @@ class StepContestant:
         self.spend = spend or _evenly
         self.policy = load_model(job)
         self.objective = ObjectiveConfig(kind=kind)
-        self.optimizer = Optimizer(self.policy.model, OptimizerConfig(learning_rate=_RATE))
+        self.optimizer = Optimizer(self.policy.model, OptimizerConfig(learning_rate=RATE))
         self.sampler = EngineSampler(self.policy, SamplingConfig(max_new_tokens=job.max_new_tokens), seed=1)
         self.reward = BLEU()
         self.stages: dict[str, float] = {}
         self.operations: dict[str, int] = {}
         self.counter: FlopCounterMode | None = None
-        # the gradients' room belongs to the model: what a step needs on top of it is measured
-        for parameter in self.optimizer.parameters:
-            parameter.grad = torch.zeros_like(parameter)
+        make_room(self.optimizer.parameters)
 
     def run(self, seed: int, num_prompts: int | None = None) -> Callable[[], list[int]]:
         """One step; returns how to learn the samples' lengths."""
@@ -87,7 +85,7 @@ class StepContestant:
             accumulate(rewarded)
         with self._clock("update"):
             self.optimizer.scale_and_clip(len(prompts))
-            self.optimizer.step(_RATE)
+            self.optimizer.step(RATE)
             for parameter in self.optimizer.parameters:
                 assert parameter.grad is not None
                 parameter.grad.zero_()
@@ -121,6 +119,12 @@ class StepContestant:
         self.stages[stage] = time.perf_counter() - start
         if self.counter is not None:
             self.operations[stage] = self.counter.get_total_flops() - before
+
+
+def make_room(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """The gradients' room belongs to the model: what a step needs on top of it is measured."""
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
 
 
 def _evenly(num_prompts: int, samples: int) -> Tensor:

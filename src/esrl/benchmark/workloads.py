@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from esrl.models.causal import CausalPolicy
+from esrl.models.causal import CausalPolicy, new_causal
 from esrl.models.seq2seq import PRESETS, MarianPolicy, Preset, load_policy, new_policy
 from esrl.models.tokenizer import EOS, PAD, UNK
 from esrl.types import Prompts
@@ -138,27 +138,12 @@ def random_llama(workload: Workload) -> CausalPolicy:
     model = workload.model
     # a prompt and its answer, in one sequence
     tokenizer = whole_word_tokenizer(model.vocabulary, workload.source_tokens + workload.max_new_tokens)
-    config = LlamaConfig(
-        vocab_size=model.vocabulary,
-        hidden_size=model.sizes.width,
-        intermediate_size=model.sizes.inner_width,
-        num_hidden_layers=model.sizes.layers,
-        num_attention_heads=model.sizes.heads,
-        max_position_embeddings=workload.source_tokens + workload.max_new_tokens,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(workload.seed)
-        llama = LlamaForCausalLM(config)
+    llama = new_causal(model.sizes, tokenizer, workload.source_tokens + workload.max_new_tokens, workload.seed).model
     ends = round(model.vocabulary / model.mean_length)
     llama.generation_config.eos_token_id = [
         tokenizer.eos_token_id,
         *range(model.vocabulary - ends + 1, model.vocabulary),
     ]
-    llama.generation_config.pad_token_id = tokenizer.pad_token_id
     return CausalPolicy(llama, tokenizer)
 
 

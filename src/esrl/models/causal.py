@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from esrl.algorithm.log_probs import Projection
 from esrl.models.causal_attention import RecordedKeys, SharedPrefix, attending
@@ -20,6 +21,7 @@ from esrl.models.causal_llama import FrozenLlamaDecoder, fits
 from esrl.models.causal_support import TESTED, check_supported, compare, longest_sequence
 from esrl.models.policy import FrozenDecoder, PromptState
 from esrl.models.precision import Precision, in_precision
+from esrl.models.seq2seq import Preset
 from esrl.types import Prompts
 
 
@@ -166,6 +168,32 @@ class CausalPolicy:
         """Write a folder that ``from_pretrained`` loads: the model, or its adapters alone where it has some."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+
+
+CAUSAL_PRESETS = {
+    "llama-tiny": Preset(width=256, layers=4, heads=4, inner_width=768),
+    "llama-small": Preset(width=384, layers=6, heads=6, inner_width=1152),
+}
+
+
+def new_causal(preset: Preset, tokenizer: Any, max_length: int, seed: int) -> CausalPolicy:
+    """A randomly initialised Llama with tied embeddings; the same weights for the same seed."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=preset.width,
+        intermediate_size=preset.inner_width,
+        num_hidden_layers=preset.layers,
+        num_attention_heads=preset.heads,
+        max_position_embeddings=max_length,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    return CausalPolicy(model, tokenizer)
 
 
 def refuse_checkpointing(body: Any) -> None:
