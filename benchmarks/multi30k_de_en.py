@@ -1,6 +1,6 @@
 """ESRL beside its baselines on Multi30k, all with the wall-clock of ESRL: the table of docs/benchmarks.md.
 
-    python benchmarks/multi30k_de_en.py --data ../shared/data/multi30k --model ../shared/models/multi30k-de-en-tiny
+    python benchmarks/multi30k_de_en.py --data FOLDER --model FOLDER
 
 Run it on a quiet machine. Runs go one after the other, each in its own process; a finished run is not repeated, a stopped
 one is resumed. Every other method gets as many steps, with a linear schedule of its own, as fit into ESRL's training

@@ -1,6 +1,6 @@
 """Reinforcement learning from a reward model on Alpaca instructions: seven methods from one start, with one budget.
 
-    python benchmarks/rlhf_alpaca.py --data ../shared/data/alpaca
+    python benchmarks/rlhf_alpaca.py --data FOLDER
 
 Trains a small causal model from scratch (SFT), a reward model from it on both preference sets, and then each method with
 two seeds until it has drawn the same number of tokens (configs/rlhf-alpaca/comparison/). A finished run is not repeated, a
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import hashlib
 import json
 import subprocess
 import sys
@@ -38,6 +39,7 @@ from esrl.sampling.engine import EngineSampler, SamplingConfig
 from esrl.training.ends import take_ends
 from esrl.training.gradient import GradientConfig
 from esrl.training.reference import frozen_reference
+from esrl.training.storage import replace_bytes
 from esrl.types import SamplingPlan
 
 PROJECT = Path(__file__).parents[1]
@@ -118,8 +120,7 @@ def write_parts(source: Path, target: Path) -> None:
 
 
 def train(command: str, config: str, folder: Path, *flags: str) -> None:
-    if (folder / "result.json").exists():
-        return
+    """Train, or go on; a finished run is compared with the settings and left as it is."""
     call = ["esrl.cli", command, str(CONFIGS / f"{config}.toml"), "--output-dir", str(folder), *flags]
     call += ["--resume"] if folder.exists() else []
     subprocess.run([sys.executable, "-m", *call], check=True, stdout=subprocess.DEVNULL)
@@ -148,7 +149,9 @@ def describe(name: str, report: PreferenceReport) -> str:
 def answers_of(folder: Path, part: str, reward: RewardModel) -> dict[str, Any]:
     """Answers of a run's model to a part's prompts, their rewards, lengths and divergence from the start, in nats;
     kept in the run's folder."""
-    path = folder / f"answers-{part}.json"
+    files = [run / "model" / "model.safetensors" for run in (folder, RUNS / "sft", RUNS / "reward-model")]
+    digest = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
+    path = folder / f"answers-{part}-{digest[:12]}.json"
     if path.exists():
         return dict(json.loads(path.read_text(encoding="utf-8")))
     policy, start = policy_of(folder), policy_of(RUNS / "sft")
@@ -172,7 +175,7 @@ def answers_of(folder: Path, part: str, reward: RewardModel) -> dict[str, Any]:
         "lengths": drawn.lengths.tolist(),
         "divergence": (drawn.log_probs.cpu() - reference.cpu()).sum(1).tolist(),  # k1 of kl.py: unbiased
     }
-    path.write_text(json.dumps(found), encoding="utf-8")
+    replace_bytes(path, json.dumps(found).encode())
     return found
 
 

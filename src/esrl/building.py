@@ -171,9 +171,7 @@ def pair_encoder(model: Any, tokenizer: Any, prompts: PromptConfig) -> ScoreEnco
         return encoder
     if config.model_type in ("roberta", "xlm-roberta", "camembert"):
         positions -= config.pad_token_id + 1  # their positions start behind PAD
-    # behind an answer to a causal model stands one end token
-    positions -= getattr(encoder, "special_tokens", 1)
-    return score_encoder(tokenizer, within_positions(prompts, positions))
+    return score_encoder(tokenizer, within_positions(prompts, positions - encoder.special_tokens))
 
 
 def own_dropout(policy: CausalPolicy) -> None:

@@ -40,6 +40,7 @@ from esrl.evaluation.scores import check_references, metrics_by_name
 from esrl.fingerprint import accepted, fingerprint, flatten
 from esrl.judge import JudgeConfig, run_judge
 from esrl.models.causal import CausalPolicy
+from esrl.models.quantized import require_quantization
 from esrl.report import write_report
 from esrl.rewards.calling import METRICS, RewardConfig, build_reward
 from esrl.rewards.text import ExactMatch, Metric
@@ -209,11 +210,7 @@ def _train(
     label: str,
 ) -> RunResult:
     """Run the loop and write what a run leaves behind. The folder is begun last, when nothing else can be refused."""
-    if config.training.max_sampled_tokens is not None and not isinstance(config, RLConfig):
-        raise ValueError(
-            "training.max_sampled_tokens is set, but only `esrl rl` samples; set max_steps, num_epochs or max_seconds."
-        )
-    held = fingerprint(config, examples)
+    held = fingerprint(config, examples) | (task.identity if isinstance(task, RLTask) else {})
     tracker = accelerator.log if config.report_to else None
     loop = Loop(
         task,
@@ -271,7 +268,9 @@ def _judge_pairs(run: RunFolder, task: RewardModelTask) -> None:
         return
     best, _ = load_classifier(run.path / "model", task.seed)
     set_padding(best, task.tokenizer, task.encoder.pad_token)
-    task.model = best.to(task.model.device)
+    device = task.model.device
+    task.model.to("cpu")  # one of the two at a time
+    task.model = best.to(device)
     report = task.report()
     assert report is not None
     if run.is_main:
@@ -326,6 +325,12 @@ def _accelerator(config: RunConfig) -> Accelerator:
 def _run_folder(config: RunConfig, accelerator: Accelerator) -> RunFolder:
     """The run's folder, not begun; what the configuration alone shows to be wrong is refused."""
     _check_best_metric(config, _scores(config))
+    if config.training.max_sampled_tokens is not None and not isinstance(config, RLConfig):
+        raise ValueError(
+            "training.max_sampled_tokens is set, but only `esrl rl` samples; set max_steps, num_epochs or max_seconds."
+        )
+    if isinstance(config, MLEConfig | RLConfig) and config.lora is not None and config.lora.load_in_4bit:
+        require_quantization()
     for model in models_of(config) if config.overwrite else ():
         if Path(model).exists() and Path(model).resolve().is_relative_to(config.output_dir.resolve()):
             raise ValueError(

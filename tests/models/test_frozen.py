@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -72,3 +75,17 @@ def test_dora_is_no_sum():
     assert frozen_linear(module[0]) is module[0]  # runs as it is
     with pytest.raises(ValueError, match="use plain LoRA"):
         merged_linear(module[0])
+
+
+def test_a_twin_is_gone_with_its_last_user():
+    """Its laid-out weights take as much memory as the model, and would wait for the cyclic garbage collector."""
+    layers = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)))
+    gc.disable()
+    try:
+        frozen = twin(layers, frozen_linear)
+        watched = weakref.ref(frozen[1][0])
+        assert isinstance(watched(), FrozenLinear)
+        del frozen
+        assert watched() is None
+    finally:
+        gc.enable()

@@ -205,7 +205,7 @@ def test_it_reads_as_its_folder_says_it_was_trained(tmp_path, family):
     config = PromptConfig(as_chat=True, chat_template="generic", max_source_tokens=7, max_target_tokens=5)
     (path / SETTINGS).write_text(json.dumps(asdict(config)))
     model = loaded(path, {})
-    assert model.read.max_tokens == 7 + 5 + (3 if family == "bert" else 0)  # [CLS] prompt [SEP] answer [SEP]
+    assert model.read.max_tokens == 7 + 5 + (3 if family == "bert" else 1)  # [CLS] prompt [SEP] answer [SEP]
     assert loaded(path, {"max_tokens": 60}).read(PROMPTS, ANSWERS) == generic.read(PROMPTS, ANSWERS)
     cut, number_cut = model.read(["the " * 20], ["runs"])
     assert len(cut[0]["input_ids"]) == model.read.max_tokens and number_cut == 1

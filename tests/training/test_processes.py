@@ -197,7 +197,7 @@ def test_the_command_in_two_processes_gives_the_reward_model_of_one(tmp_path):
     for count in (1, 2):
         file = write_config(tmp_path / f"{count}.toml", values | {"output_dir": str(tmp_path / str(count))})
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         subprocess.run(
             [*command, "-m", "esrl.cli", "reward-model", str(file)], env=environment, timeout=240, check=True
         )

@@ -31,6 +31,8 @@ class ScoreEncoder(Protocol):
     config: PromptConfig
     pad_token: int
     """What the model's ``config.pad_token_id`` must be."""
+    special_tokens: int
+    """Tokens of an input beside the prompt's and the answer's."""
 
     def encode(self, examples: Sequence[Example], answers: Sequence[str]) -> list[Fields]:
         """Inputs with over-long prompts cut at their beginning; answers stay whole."""
@@ -58,6 +60,7 @@ class CausalInputs:
     def __init__(self, tokenizer: Any, config: PromptConfig) -> None:
         self.config = config
         self.encoder = Encoder(tokenizer, config)
+        self.special_tokens = 1  # the end of the answer
         self.pad_token = self.encoder.pad_token
 
     def encode(self, examples: Sequence[Example], answers: Sequence[str]) -> list[Fields]:

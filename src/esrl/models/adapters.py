@@ -6,7 +6,7 @@ PEFT is an extra (``pip install esrl[lora]``); nothing else here imports it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,19 +54,36 @@ def add_adapter(policy: AnyPolicy, settings: LoraSettings) -> AnyPolicy:
     Raises:
         ValueError: PEFT is missing, or a target module is not there.
     """
-    peft = _peft()
+    if has_adapter(policy):
+        raise ValueError("the model has adapters already; merge them first (esrl merge).")
+    task_type = "SEQ_2_SEQ_LM" if isinstance(policy, MarianPolicy) else "CAUSAL_LM"
+    # dropout is a module of its own even at rate 0, so that ``set_dropout`` finds it
+    model = adapted(policy.model, settings, task_type, settings.modules_to_save, dropout=0.1)
+    return type(policy)(model, policy.tokenizer)
+
+
+def adapted(
+    model: Any, settings: LoraSettings, task_type: str, modules_to_save: Sequence[str], dropout: float = 0.0
+) -> Any:
+    """PEFT's model around a Hugging Face one, which is used up.
+
+    Raises:
+        ValueError: PEFT is missing, or a module that the settings name is not there.
+    """
+    peft, known = _peft(), [name for name, _ in model.named_modules()]
+    for name in (*settings.target_modules, *settings.modules_to_save):
+        # of modules_to_save PEFT would take no notice
+        if not any(module == name or module.endswith(f".{name}") for module in known):
+            raise ValueError(f"lora names {name!r}, and this {model.config.model_type} model has no such module.")
     config = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
+        lora_dropout=dropout,
         target_modules=list(settings.target_modules) or "all-linear",
-        modules_to_save=list(settings.modules_to_save) or None,
-        # a module of its own even at rate 0, so that ``set_dropout`` finds it
-        lora_dropout=0.1,
-        task_type="SEQ_2_SEQ_LM" if isinstance(policy, MarianPolicy) else "CAUSAL_LM",
+        modules_to_save=list(modules_to_save) or None,
+        task_type=task_type,
     )
-    if has_adapter(policy):
-        raise ValueError("the model has adapters already; merge them first (esrl merge).")
-    return type(policy)(peft.get_peft_model(policy.model, config, autocast_adapter_dtype=False), policy.tokenizer)
+    return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
 def has_adapter(policy: MarianPolicy | CausalPolicy) -> bool:

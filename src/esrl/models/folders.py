@@ -32,15 +32,18 @@ def read_config(path: str | Path, kind: str) -> Any:
         raise unreadable(path, "configuration", error, kind) from error
 
 
-def read_weights(path: str | Path, model_class: Any, dtype: torch.dtype, kind: str) -> Any:
+def read_weights(path: str | Path, model_class: Any, dtype: torch.dtype, kind: str, **options: Any) -> Any:
     """The model, filled completely.
+
+    Args:
+        options: of ``from_pretrained``.
 
     Raises:
         ValueError: weights that are not safetensors, damaged, or of another architecture.
     """
     try:
         model, report = model_class.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+            path, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except (OSError, SafetensorError) as error:
         raise unreadable(path, "safetensors weights", error, kind) from error

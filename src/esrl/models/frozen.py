@@ -15,20 +15,20 @@ from esrl.models.linear import FrozenLinear
 
 def twin(module: nn.Module, replace: Callable[[nn.Module], Any]) -> Any:
     """The same module over the same weights, with every part replaced for which ``replace`` gives something."""
-    known: dict[int, Any] = {}
+    return _twin(module, replace, {})
 
-    def of(part: nn.Module) -> Any:
-        if id(part) not in known:
-            other = replace(part)
-            if other is None:
-                other = copy.copy(part)
-                other.__dict__["_modules"] = {
-                    name: None if child is None else of(child) for name, child in part._modules.items()
-                }
-            known[id(part)] = other
-        return known[id(part)]
 
-    return of(module)
+def _twin(part: nn.Module, replace: Callable[[nn.Module], Any], known: dict[int, Any]) -> Any:
+    # no function within `twin`: one that calls itself is a cycle, and would keep the laid-out weights
+    if id(part) not in known:
+        other = replace(part)
+        if other is None:
+            other = copy.copy(part)
+            other.__dict__["_modules"] = {
+                name: None if child is None else _twin(child, replace, known) for name, child in part._modules.items()
+            }
+        known[id(part)] = other
+    return known[id(part)]
 
 
 def frozen_linear(module: nn.Module) -> Any:

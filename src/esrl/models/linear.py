@@ -37,15 +37,15 @@ class FrozenLinear(nn.Module):
 
     def forward(self, hidden: Tensor, residual: Tensor | None = None) -> Tensor:
         """(..., D) -> (..., N); ``residual`` is added to the result, after the activation."""
-        hidden, linear = hidden.to(self.weight.dtype), torch.ops.mkldnn._linear_pointwise
-        fused = self._packed is not None and self.activation == "none"
-        if fused and residual is not None and residual.dtype == hidden.dtype:
-            total: Tensor = linear.binary(hidden, residual, self._packed, self.bias, "add")
-            return total
+        hidden = hidden.to(self.weight.dtype)
         if self._packed is None:
             product = functional.linear(hidden, self.weight, self.bias)
             product = product.relu_() if self.activation == "relu" else product
         else:
+            linear = torch.ops.mkldnn._linear_pointwise
+            if residual is not None and residual.dtype == hidden.dtype and self.activation == "none":
+                total: Tensor = linear.binary(hidden, residual, self._packed, self.bias, "add")
+                return total
             product = linear(hidden, self._packed, self.bias, self.activation, [], "")
         return product if residual is None else residual + product  # in the wider of their types
 

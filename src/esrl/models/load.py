@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -32,13 +33,27 @@ def load_policy(path: str | Path, dtype: torch.dtype = torch.float32) -> MarianP
     config = read_config(path, _KIND)
     if config.model_type in seq2seq.SUPPORTED:
         return seq2seq.load_policy(path, dtype)
-    # a model type with images or audio may stand in the mapping with a class that takes them
-    if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "vision_config"):
+    if not is_causal(config):
         raise ValueError(
             f"{path}: model_type is {config.model_type!r}; supported here: {', '.join(seq2seq.SUPPORTED)}, and causal "
             f"language models such as {', '.join(TESTED)}. Other families are refused rather than trained wrongly."
         )
-    model = read_weights(path, AutoModelForCausalLM, dtype, _KIND)
+    return causal_policy(path, read_weights(path, AutoModelForCausalLM, dtype, _KIND))
+
+
+def is_causal(config: Any) -> bool:
+    """Whether a configuration is a decoder-only language model's, of text alone."""
+    # a model type with images or audio may stand in the mapping with a class that takes them
+    plain = not config.is_encoder_decoder and not hasattr(config, "vision_config")
+    return plain and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def causal_policy(path: str | Path, model: Any) -> CausalPolicy:
+    """A folder's causal model with its tokenizer.
+
+    Raises:
+        ValueError: no tokenizer that fits, or a model that is not supported.
+    """
     tokenizer = read_tokenizer(path, model.config.vocab_size, _KIND)
     try:
         return CausalPolicy(model, tokenizer)

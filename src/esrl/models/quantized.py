@@ -7,13 +7,25 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from esrl.models.adapters import ADAPTER_CONFIG
 from esrl.models.causal import CausalPolicy
-from esrl.models.folders import read_config, read_tokenizer, unreadable
+from esrl.models.folders import read_config, read_weights
+from esrl.models.load import causal_policy, is_causal
 
 _KIND = "a causal language model"
+
+
+def require_quantization() -> None:
+    """Refuse where there is nothing to quantize with.
+
+    Raises:
+        ValueError: bitsandbytes, PEFT or a CUDA device is missing.
+    """
+    missing = [f"{name} (pip install {name})" for name in ("bitsandbytes", "peft") if find_spec(name) is None]
+    missing += [] if torch.cuda.is_available() else ["a CUDA device"]
+    if missing:
+        raise ValueError(f"lora.load_in_4bit needs {' and '.join(missing)}, missing here; set load_in_4bit = false.")
 
 
 def load_quantized(path: str) -> CausalPolicy:
@@ -22,16 +34,12 @@ def load_quantized(path: str) -> CausalPolicy:
     All of it is frozen; what is not quantized (embeddings, norms, vocabulary projection) is in float32, as PEFT has it.
 
     Raises:
-        ValueError: bitsandbytes, PEFT or a CUDA device is missing, or the folder is no plain causal model.
+        ValueError: see ``require_quantization``; or the folder is no plain causal model.
     """
-    missing = [f"{name} (pip install {name})" for name in ("bitsandbytes", "peft") if find_spec(name) is None]
-    missing += [] if torch.cuda.is_available() else ["a CUDA device"]
-    if missing:
-        raise ValueError(f"lora.load_in_4bit needs {' and '.join(missing)}, missing here; set load_in_4bit = false.")
+    require_quantization()
     from peft import prepare_model_for_kbit_training
 
-    config = None if (Path(path) / ADAPTER_CONFIG).is_file() else read_config(path, _KIND)
-    if config is None or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if (Path(path) / ADAPTER_CONFIG).is_file() or not is_causal(read_config(path, _KIND)):
         raise ValueError(f"{path}: lora.load_in_4bit takes {_KIND}, whole and no encoder-decoder; leave it out.")
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -39,15 +47,8 @@ def load_quantized(path: str) -> CausalPolicy:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            quantization_config=settings,
-            device_map={"": torch.cuda.current_device()},
-            dtype=torch.bfloat16,
-            use_safetensors=True,
-        )
-    except OSError as error:
-        raise unreadable(path, "safetensors weights", error, _KIND) from error
-    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    return CausalPolicy(model, read_tokenizer(path, model.config.vocab_size, _KIND))
+    place = {"": torch.cuda.current_device()}
+    model = read_weights(
+        path, AutoModelForCausalLM, torch.bfloat16, _KIND, quantization_config=settings, device_map=place
+    )
+    return causal_policy(path, prepare_model_for_kbit_training(model, use_gradient_checkpointing=False))

@@ -272,6 +272,10 @@ class RewardFunction:
                 "function, raise timeout_seconds if it was too slow, or raise max_abstain_share."
             )
 
+    def identity(self) -> dict[str, str]:
+        """What must be the same for scores to go on being the same, by name: the reward model's files."""
+        return {} if self._model is None else {"reward.model.files": self._model.fingerprint}
+
     def state_dict(self) -> dict[str, Any]:
         """The counters and cached scores of the steps that have ended; JSON-able."""
         model = {} if self._model is None else {"model": self._model.state_dict()}

@@ -105,8 +105,7 @@ class Reader:
             )
             self._encoder = score_encoder(tokenizer, whole)
             if trained is not None:
-                special = getattr(self._encoder, "special_tokens", 0)
-                limit = trained.max_source_tokens + trained.max_target_tokens + special
+                limit = trained.max_source_tokens + trained.max_target_tokens + self._encoder.special_tokens
         self.max_tokens = min(config.max_tokens or limit, positions)
 
     def __call__(

@@ -77,7 +77,6 @@ class _Request:
     plan: SamplingPlan
     epoch: int
     records: tuple[str, ...]
-    decoder: FrozenDecoder
     limits: _Limits
 
 
@@ -111,12 +110,13 @@ class EngineSampler:
         """
         limits = _Limits.of(self.config, self.policy)
         with _without_dropout(self.policy.model), autocast(self.policy.device, self.policy.precision):
-            request = _Request(prompts, plan, epoch, records, self.policy.frozen_decoder(), limits)
-            waves = [
-                self._wave(request, state, rows)
-                for state, all_rows in self._encoded(prompts, plan)
-                for rows in self._waves(all_rows, limits)
-            ]
+            request = _Request(prompts, plan, epoch, records, limits)
+            waves: list[_Wave] = []
+            decoder: FrozenDecoder | None = None
+            for state, rows in self._encoded(prompts, plan):
+                # after the encoder, whose laid-out weights are gone by then
+                decoder = decoder or self.policy.frozen_decoder()
+                waves += [self._wave(request, decoder, state, part) for part in self._waves(rows, limits)]
         rollouts = self._collect(waves, records)
         check_log_probs(rollouts.log_probs, rollouts.prompt_index, prompts)
         check_log_probs(rollouts.sampling_log_probs, rollouts.prompt_index, prompts)
@@ -150,7 +150,7 @@ class EngineSampler:
         ratio = self.config.max_length_ratio
         return limits.minimum(torch.tensor([math.ceil(ratio * length) + 10 for length in lengths]))
 
-    def _wave(self, request: _Request, state: PromptState, rows: _Rows) -> _Wave:
+    def _wave(self, request: _Request, frozen: FrozenDecoder, state: PromptState, rows: _Rows) -> _Wave:
         """Decode rows until all have ended; ``alive`` holds the rows that are still in the batch."""
         device, config = self.policy.device, self.config
         limits = self.limits(request.prompts, rows.prompt)
@@ -162,7 +162,7 @@ class EngineSampler:
         # encoded parts may be larger than a wave: take this wave's prompts only
         used, local = torch.unique_consecutive(rows.local.to(device), return_inverse=True)
         state = state if len(used) == state.mask.shape[0] else state.select(used)
-        decoder, projection = request.decoder.start(state, local), request.decoder.projection
+        decoder, projection = frozen.start(state, local), frozen.projection
         alive = torch.arange(len(local), device=device)
         done = torch.zeros(len(local), dtype=torch.bool, device=device)
         tokens = self.policy.start_tokens(request.prompts)[rows.prompt].to(device)

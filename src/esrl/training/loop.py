@@ -7,6 +7,7 @@ whose state would have to be kept: a resumed run repeats the interrupted one to 
 
 from __future__ import annotations
 
+import functools
 import math
 import signal
 import time
@@ -123,7 +124,6 @@ class Loop:
         self.config = config
         self.alarms = replace(config.alarms, metric=config.alarms.metric or config.metric_for_best_model)
         self.optimizer = Optimizer(task.model, optimizer)
-        self._frozen = frozen_digest(dict(task.model.named_parameters()), self.optimizer.names)
         self.run_folder = run
         self.seed = seed
         self.fingerprint = dict(fingerprint)
@@ -245,6 +245,11 @@ class Loop:
             self._log(metrics, [])
         warnings.warn(f"step {self.state.step} was skipped: {reason}", stacklevel=2)
         return metrics
+
+    @functools.cached_property
+    def _frozen(self) -> str | None:
+        """Of the weights that are not trained; not asked for where a run is refused or complete before."""
+        return frozen_digest(dict(self.task.model.named_parameters()), self.optimizer.names)
 
     def _bad_parameter(self) -> str | None:
         parameters = self.task.model.named_parameters()

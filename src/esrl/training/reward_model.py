@@ -9,12 +9,14 @@ eq. 2) and a term that centres rewards at 0 (Eisenstein et al. 2023):
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
@@ -89,10 +91,18 @@ def load_classifier(
         torch.manual_seed(seed_of("reward head", seed))
         try:
             model, report = AutoModelForSequenceClassification.from_pretrained(
-                path, num_labels=1, dtype=dtype, output_loading_info=True
+                path, num_labels=1, dtype=dtype, use_safetensors=True, output_loading_info=True
             )
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path}: no readable safetensors weights ({_one_line(error)}).") from error
         except ValueError as error:
             raise ValueError(f"{path}: {config.model_type} models have no classifier ({_one_line(error)}).") from error
+        # a head may be new, a layer may not: Hugging Face would go on with random weights
+        if layers := sorted(str(key) for key in report["missing_keys"] if re.search(r"\.\d+\.", str(key))):
+            raise ValueError(
+                f"{path}: config.json and the weights do not belong together: {len(layers)} tensors of layers are "
+                f"missing, the first is {layers[0]}. Take both from the same save_pretrained."
+            )
         model.config.problem_type = "regression"
         if lora is not None:
             new = {str(key).rpartition(".")[0] for key in report["missing_keys"]}

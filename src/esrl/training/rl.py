@@ -43,6 +43,7 @@ from esrl.training.planning import (
 )
 from esrl.training.processes import Processes
 from esrl.training.reference import Reference, frozen_reference
+from esrl.training.restore import frozen_digest
 from esrl.training.task import Update, export_folder
 from esrl.types import Prompts, Rollouts, SamplingPlan
 
@@ -92,8 +93,11 @@ class RLTask:
         critic = value_head(policy) if method.objective.kind == "ppo" else None
         self.model = trained_modules(policy, critic)
         self.stage_two = StageTwo(policy, gradient, critic)
+        self.identity = reward.identity()
         if reference is None and method.objective.kl_coefficient > 0:
             reference = frozen_reference(policy, gradient)
+            weights = frozen_digest(dict(policy.model.named_parameters()), ())
+            self.identity["reference.weights"] = str(weights)
         limit = sampling.max_new_tokens
         self.learner = Learner(self.method, step, self.stage_two, reference, limit, seed, self.processes)
         self.memory = CapabilityMemory()
