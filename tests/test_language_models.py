@@ -303,6 +303,27 @@ def test_a_resumed_run_needs_the_weights_under_its_adapters(data, tmp_path, tune
     assert commands.rl(adapters_config(data, run, tuned / "model", moved)).steps == 2
 
 
+@pytest.mark.parametrize("part", ["reference", "reward model"])
+def test_a_resumed_run_needs_the_reference_and_the_reward_model_it_began_with(data, tmp_path, tuned, judged, part):
+    """Both are read from their folders again, and no checkpoint holds them."""
+    run, base, judge = tmp_path / "run", tmp_path / "base", tmp_path / "judge"
+    shutil.copytree(tuned / "model", base)
+    shutil.copytree(judged / "model", judge)
+    reward = {"reward": {"names": ["model"], "model": {"path": str(judge)}}}
+
+    def config(*changes: dict[str, Any]) -> RLConfig:
+        return rl_config(data, run, base, {"method": "rloo"}, reward, *changes)
+
+    commands.rl(config({"training": {"max_steps": 1}}))
+    folder, key = {"reference": (base, "reference.weights"), "reward model": (judge, "reward.model.files")}[part]
+    weights = load_file(folder / "model.safetensors")
+    next(iter(weights.values())).view(-1)[5] += 1e-3
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{key} was '[0-9a-f]+' when this run began"):
+        commands.rl(config({"resume": True}))
+    assert commands.rl(config({"resume": True, "accept_changes": [key]})).steps == 2
+
+
 def test_a_checkpoint_with_all_weights_is_taken_up(data, tmp_path, tuned):
     """As earlier versions wrote them."""
     run, whole = tmp_path / "run", tmp_path / "whole"

@@ -329,6 +329,8 @@ def _run_folder(config: RunConfig, accelerator: Accelerator) -> RunFolder:
         raise ValueError(
             "training.max_sampled_tokens is set, but only `esrl rl` samples; set max_steps, num_epochs or max_seconds."
         )
+    if config.precision == "bfloat16" and accelerator.device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ValueError('precision is "bfloat16", which this GPU does not have; set precision = "float32".')
     if isinstance(config, MLEConfig | RLConfig) and config.lora is not None and config.lora.load_in_4bit:
         require_quantization()
     for model in models_of(config) if config.overwrite else ():

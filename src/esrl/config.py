@@ -269,7 +269,9 @@ def _learning(config: RLConfig) -> dict[str, Any]:
     if step.num_updates > 1:
         parts["updates"] = f"{step.updates_per_batch}x{step.minibatches}"
     if config.lora is not None:
-        parts["lora"] = config.lora.rank
+        parts["lora"] = f"{config.lora.rank}-4bit" if config.lora.load_in_4bit else config.lora.rank
+    if config.precision != "float32":
+        parts["prec"] = config.precision
     return parts
 
 

@@ -9,8 +9,10 @@ import torch
 from causal_models import LENGTHS, make_causal, make_prompts
 from torch import Tensor
 
+from esrl.models.adapters import LoraSettings, add_adapter
 from esrl.sampling.engine import EngineSampler, SamplingConfig
 from esrl.sampling.graph import sample_with_graph
+from esrl.training.critic import value_head
 from esrl.training.gradient import GradientConfig, StageTwo
 from esrl.types import Prompts, Rollouts, SamplingPlan
 
@@ -39,7 +41,7 @@ def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return (difference / sum(float(value.square().sum()) for value in expected.values())) ** 0.5
 
 
-@pytest.fixture(params=["marian", "llama", "gpt2", "gemma3"])
+@pytest.fixture(params=["marian", "llama", "qwen3", "gpt2", "gemma3"])
 def case(request, make_policy, prompts, tokenizer) -> tuple[Any, Prompts]:
     if request.param == "marian":
         # not peaked: large random weights make of every rounding another distribution
@@ -74,6 +76,30 @@ def test_gradients_are_float32_and_close_however_the_rows_are_split(case):
     assert 1e-5 < distance(whole, expected) < 0.05
     assert distance(parts, whole) < 0.02
     assert all(parameter.dtype == torch.float32 for parameter in policy.model.parameters())
+
+
+def test_a_critics_values_are_float32s(case):
+    policy, prompts = case
+    critic = value_head(policy)
+    torch.nn.init.constant_(critic.weight, 0.37)
+    policy.precision = "bfloat16"
+    rollouts = sampled(policy, prompts)
+    _, values = StageTwo(policy, GradientConfig(), critic).scores(prompts, rollouts, None, 0)
+    assert values is not None and values.dtype == torch.float32
+    assert not torch.equal(values, values.bfloat16().float())
+
+
+def test_adapters_are_added_in_float32_before_stage_one_rounds_them(tokenizer):
+    policy, prompts = make_causal("llama", tokenizer, torch.float32), make_prompts(LENGTHS)
+    adapted = add_adapter(policy, LoraSettings(rank=2))
+    with torch.no_grad():
+        for name, parameter in adapted.model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)
+    adapted.precision = "bfloat16"
+    rollouts = sampled(adapted, prompts)
+    again = StageTwo(adapted, GradientConfig()).log_probs(prompts, rollouts, None, 0)
+    assert float((again - rollouts.log_probs).abs().max()) < CLOSE
 
 
 def test_the_conventional_step_scores_what_it_draws_in_the_same_precision(case):

@@ -34,7 +34,7 @@ class Projection:
         return self.weight.shape[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(N, D) -> (N, V), in at least float32."""
+        """(N, D) -> (N, V), of a type that is float32 at least; rounded to bfloat16 where the product is (autocast)."""
         logits = functional.linear(hidden, self.weight, self.bias)
         return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
@@ -58,6 +58,7 @@ def token_log_probs(
         (N,) log-probabilities, at least float32. Under autograd every chunk keeps its logits: take
         ``weighted_log_prob_sum`` where memory matters.
     """
+    projection = Projection(as_autocast(projection.weight), projection.bias)  # once, not for each chunk
     parts = [
         _log_probs(projection.logits(hidden[part]), targets[part], None if temperature is None else temperature[part])
         for part in _chunks(len(targets), projection.weight.shape[0], max_logits)

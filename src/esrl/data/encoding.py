@@ -32,7 +32,8 @@ class PromptConfig:
     max_source_tokens: int = 512
     """Longest prompt; what happens to longer ones says `overlong`."""
     max_target_tokens: int = 512
-    """Longest answer, end token included; examples with longer ones are left out, counted and reported."""
+    """Longest answer, end token included (of a reward model's pairs: without it); examples with longer ones are left
+    out, counted and reported."""
     overlong: Literal["skip", "truncate_left"] = "skip"
     """Leave examples with longer prompts out, or drop the prompt's beginning (BOS stays); counted either way."""
 

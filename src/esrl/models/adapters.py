@@ -58,8 +58,7 @@ def add_adapter(policy: AnyPolicy, settings: LoraSettings) -> AnyPolicy:
         raise ValueError("the model has adapters already; merge them first (esrl merge).")
     task_type = "SEQ_2_SEQ_LM" if isinstance(policy, MarianPolicy) else "CAUSAL_LM"
     # dropout is a module of its own even at rate 0, so that ``set_dropout`` finds it
-    model = adapted(policy.model, settings, task_type, settings.modules_to_save, dropout=0.1)
-    return type(policy)(model, policy.tokenizer)
+    return _around(policy, adapted(policy.model, settings, task_type, settings.modules_to_save, dropout=0.1))
 
 
 def adapted(
@@ -121,7 +120,7 @@ def load_adapter(folder: str | Path, base: AnyPolicy, trainable: bool = True) ->
         )
     except (RuntimeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}: these adapters do not fit the model ({_first_line(error)}).") from error
-    return type(base)(model, base.tokenizer)
+    return _around(base, model)
 
 
 def base_of(folder: str | Path) -> str:
@@ -140,6 +139,13 @@ def merge_adapter(base: MarianPolicy | CausalPolicy, adapter_folder: str | Path,
     merged: Any = adapted.model.merge_and_unload(safe_merge=True)
     merged.save_pretrained(output)
     adapted.tokenizer.save_pretrained(output)
+
+
+def _around(policy: AnyPolicy, model: Any) -> AnyPolicy:
+    """The policy with PEFT's model in the place of its own."""
+    result = type(policy)(model, policy.tokenizer)
+    result.precision = policy.precision
+    return result
 
 
 def _peft() -> Any:

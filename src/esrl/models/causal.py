@@ -116,9 +116,12 @@ class CausalPolicy:
         positions = torch.arange(tokens.shape[1], device=self.device).expand(len(tokens), -1)
         with attending(self.body.config):
             self.body(input_ids=tokens, position_ids=positions, past_key_values=recorded, use_cache=True)
-        # contiguous: batched products at every step would otherwise copy them each time
-        keys, values = (tuple(part.contiguous() for part in parts) for parts in (recorded.keys, recorded.values))
-        return PromptState(keys, values, there)
+        # contiguous, and of one type (rotary positions are float32 under autocast): batched products at every step would
+        # otherwise copy them each time
+        keys = tuple(
+            key.to(value.dtype).contiguous() for key, value in zip(recorded.keys, recorded.values, strict=True)
+        )
+        return PromptState(keys, tuple(value.contiguous() for value in recorded.values), there)
 
     def frozen_decoder(self) -> FrozenDecoder:
         kind = FrozenLlamaDecoder if fits(self.body) else FrozenCausalDecoder

@@ -69,8 +69,8 @@ class SharedPrefix:
         return tensor if self.used is None else tensor.index_select(0, self.used)
 
 
-class OwnKeys(RowCache):
-    """Rows of a causal model: what they have decoded, and how they read their prompts.
+class CausalRows:
+    """Rows of a causal model: what they have decoded (``cache``), and how they read their prompts (``prefix``).
 
     Args:
         state: the shared prompt state.
@@ -79,17 +79,21 @@ class OwnKeys(RowCache):
     """
 
     def __init__(self, state: PromptState, prompt_index: Tensor, max_length: int) -> None:
-        super().__init__(state, prompt_index)
+        self.cache = RowCache(state, prompt_index)
         self.max_length = max_length
-        self.prefix = SharedPrefix(self.state, self.prompt_index, length=1)
+        self._place()
 
     def keep(self, rows: Tensor) -> None:
-        super().keep(rows)
-        self.prefix = SharedPrefix(self.state, self.prompt_index, length=1)
+        """Go on with these rows, in this order."""
+        self.cache.keep(rows)
+        self._place()
+
+    def _place(self) -> None:
+        self.prefix = SharedPrefix(self.cache.state, self.cache.prompt_index, length=1)
 
     def positions(self) -> Tensor:
         """(R,) the present position of each row, the prompt counted; the last one for rows that ended there."""
-        return (self.prefix.start + self.position).clamp_max(self.max_length - 1)
+        return (self.prefix.start + self.cache.position).clamp_max(self.max_length - 1)
 
 
 class KeyValueCache(Protocol):

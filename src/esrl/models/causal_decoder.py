@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from esrl.algorithm.log_probs import Projection
-from esrl.models.causal_attention import OwnKeys, attending
+from esrl.models.causal_attention import CausalRows, attending
 from esrl.models.frozen import frozen_linear, twin
 from esrl.models.linear import FrozenProjection
 from esrl.models.policy import PromptState
@@ -30,36 +30,36 @@ class FrozenCausalDecoder:
         self.max_length = max_length
 
     def start(self, state: PromptState, prompt_index: Tensor) -> CausalDecoder:
-        return CausalDecoder(self.body, OwnKeys(state, prompt_index, self.max_length))
+        return CausalDecoder(self.body, CausalRows(state, prompt_index, self.max_length))
 
 
 class CausalDecoder:
     """Decodes rows with a key/value cache, which is also the cache that the model's layers see."""
 
-    def __init__(self, body: Any, own: OwnKeys) -> None:
+    def __init__(self, body: Any, rows: CausalRows) -> None:
         self.body = body
-        self.own = own
+        self.rows = rows
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
         """(R,) last tokens -> (R, D) states for the next ones."""
-        self.own.reserve()
-        with attending(self.body.config, self.own.prefix):
+        self.rows.cache.reserve()
+        with attending(self.body.config, self.rows.prefix):
             output = self.body(
                 input_ids=tokens[:, None],
-                position_ids=self.own.positions()[:, None],
+                position_ids=self.rows.positions()[:, None],
                 past_key_values=self,
                 use_cache=True,
             )
-        self.own.position += 1
+        self.rows.cache.position += 1
         hidden: Tensor = output.last_hidden_state[:, 0]
         return hidden
 
     def keep(self, rows: Tensor) -> None:
-        self.own.keep(rows)
+        self.rows.keep(rows)
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        return self.own.write(layer, key, value)
+        return self.rows.cache.write(layer, key, value)
 
     def get_seq_length(self, *_: Any) -> int:
-        return self.own.position
+        return self.rows.cache.position

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from esrl.algorithm.log_probs import Projection
-from esrl.models.causal_attention import OwnKeys, joint_attention
+from esrl.models.causal_attention import CausalRows, joint_attention
 from esrl.models.frozen import linear_bias, linear_weight
 from esrl.models.linear import FrozenLinear, FrozenProjection
 from esrl.models.policy import PromptState
@@ -81,7 +81,7 @@ class FrozenLlamaDecoder:
         self.max_length = max_length
 
     def start(self, state: PromptState, prompt_index: Tensor) -> LlamaDecoder:
-        return LlamaDecoder(self, OwnKeys(state, prompt_index, self.max_length))
+        return LlamaDecoder(self, CausalRows(state, prompt_index, self.max_length))
 
 
 def fits(body: Any) -> bool:
@@ -100,17 +100,17 @@ def fits(body: Any) -> bool:
 class LlamaDecoder:
     """Decodes rows with a key/value cache."""
 
-    def __init__(self, weights: FrozenLlamaDecoder, own: OwnKeys) -> None:
+    def __init__(self, weights: FrozenLlamaDecoder, rows: CausalRows) -> None:
         self.weights = weights
-        self.own = own
+        self.rows = rows
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
         """(R,) last tokens -> (R, D) states for the next ones."""
-        weights, own = self.weights, self.own
-        own.reserve()
+        weights, rows = self.weights, self.rows
+        rows.cache.reserve()
         hidden: Tensor = weights.embed(tokens)
-        cos, sin = (part[:, None, 0] for part in weights.rotary(hidden, own.positions()[:, None]))  # (R, 1, d)
+        cos, sin = (part[:, None, 0] for part in weights.rotary(hidden, rows.positions()[:, None]))  # (R, 1, d)
         # rotate_half as a roll: the first half of the sines changes sign
         sin = torch.cat([-sin[..., : sin.shape[-1] // 2], sin[..., sin.shape[-1] // 2 :]], -1)
         for i, layer in enumerate(weights.layers):
@@ -118,11 +118,11 @@ class LlamaDecoder:
             hidden = layer.mix(mixed, hidden)
             gate, up = layer.gate(layer.feed_forward_norm(hidden)).chunk(2, 1)
             hidden = layer.down(functional.silu(gate).mul_(up), hidden)
-        own.position += 1
+        rows.cache.position += 1
         return weights.norm(hidden)
 
     def keep(self, rows: Tensor) -> None:
-        self.own.keep(rows)
+        self.rows.keep(rows)
 
     def _attention(self, i: int, layer: _Layer, projected: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """(R, heads + 2 key heads, d) as one row each -> (R, D)."""
@@ -134,8 +134,8 @@ class LlamaDecoder:
             turning = torch.cat([layer.query_norm(query), layer.key_norm(key)], 1)
         turned = (turning * cos).addcmul_(turning.roll(layer.head_width // 2, -1), sin)
         query, key = turned[:, : -layer.key_heads, None], turned[:, -layer.key_heads :, None]
-        keys, values = self.own.write(i, key, value[:, :, None])
-        mixed = joint_attention(query, keys, values, self.own.prefix, i, (layer.scale, layer.window, None))
+        keys, values = self.rows.cache.write(i, key, value[:, :, None])
+        mixed = joint_attention(query, keys, values, self.rows.prefix, i, (layer.scale, layer.window, None))
         return mixed.reshape(rows, -1)
 
 

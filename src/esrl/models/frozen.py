@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -90,7 +91,8 @@ def linear_weight(module: nn.Module) -> Tensor | None:
     if any(name in adapted.lora_variant for name in active) or any(adapted.lora_bias.get(n) for n in active):
         return None
     for name in active:
-        delta = adapted.get_delta_weight(name)
+        with torch.autocast(base.device.type, enabled=False):  # what is added is small
+            delta = adapted.get_delta_weight(name)
         delta = delta.t() if type(adapted.base_layer) is Conv1D else delta
         base = base + delta.detach().to(base.dtype)
     return base

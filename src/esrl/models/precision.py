@@ -25,9 +25,13 @@ class _HasPrecision(Protocol):
 Owner = TypeVar("Owner", bound=_HasPrecision)
 
 
-def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
-    """Within it, matrix products and attention are computed in this precision; sums and norms in float32."""
-    return nullcontext() if precision == "float32" else torch.autocast(device.type, torch.bfloat16)
+def autocast(device: torch.device, precision: Precision, *, keep: bool = True) -> AbstractContextManager[Any]:
+    """Within it, matrix products and attention are computed in this precision; sums and norms in float32.
+
+    Args:
+        keep: keep a weight's copy in bfloat16 until the end, for its next use.
+    """
+    return nullcontext() if precision == "float32" else torch.autocast(device.type, torch.bfloat16, cache_enabled=keep)
 
 
 def in_precision(

@@ -109,7 +109,9 @@ class EngineSampler:
             NumericsError: the model gave a log-probability that is not finite.
         """
         limits = _Limits.of(self.config, self.policy)
-        with _without_dropout(self.policy.model), autocast(self.policy.device, self.policy.precision):
+        # the decoder has its own copies of the weights
+        in_precision = autocast(self.policy.device, self.policy.precision, keep=False)
+        with _without_dropout(self.policy.model), in_precision:
             request = _Request(prompts, plan, epoch, records, limits)
             waves: list[_Wave] = []
             decoder: FrozenDecoder | None = None

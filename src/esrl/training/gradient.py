@@ -162,7 +162,8 @@ class StageTwo:
     def _values(self, hidden: Tensor) -> Tensor:
         """(n, D) -> (n,), in the critic's own precision."""
         assert self.critic is not None
-        result: Tensor = self.critic(hidden.to(next(self.critic.parameters()).dtype))
+        with torch.autocast(hidden.device.type, enabled=False):
+            result: Tensor = self.critic(hidden.to(next(self.critic.parameters()).dtype))
         return result[:, 0]
 
     def _backward(
