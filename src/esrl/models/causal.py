@@ -116,11 +116,10 @@ class CausalPolicy:
         positions = torch.arange(tokens.shape[1], device=self.device).expand(len(tokens), -1)
         with attending(self.body.config):
             self.body(input_ids=tokens, position_ids=positions, past_key_values=recorded, use_cache=True)
-        # contiguous, and of one type (rotary positions are float32 under autocast): batched products at every step would
-        # otherwise copy them each time
-        keys = tuple(
-            key.to(value.dtype).contiguous() for key, value in zip(recorded.keys, recorded.values, strict=True)
-        )
+        # contiguous, and of one type (rotary positions are float32 under autocast): batched products at every step
+        # would otherwise copy them each time
+        pairs = zip(recorded.keys, recorded.values, strict=True)
+        keys = tuple(key.to(value.dtype).contiguous() for key, value in pairs)
         return PromptState(keys, tuple(value.contiguous() for value in recorded.values), there)
 
     def frozen_decoder(self) -> FrozenDecoder:

@@ -22,7 +22,8 @@ MAX_PACKED = 1 << 25
 class FrozenLinear(nn.Module):
     """``functional.linear`` with a weight that does not change, without a graph.
 
-    A module, so that it can stand in the place of one; it has no parameters. Under autocast its weight is cast here, once.
+    A module, so that it can stand in the place of one; it has no parameters. Under autocast its weight is cast here,
+    once.
 
     Args:
         weight: (N, D); bias: (N,).
