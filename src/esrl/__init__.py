@@ -112,7 +112,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from esrl.rewards.text import BLEU, ChrF, ExactMatch, RougeL
     from esrl.sampling.engine import EngineSampler, SamplingConfig
     from esrl.training.gradient import GradientConfig, StageTwo
-    from esrl.training.loop import LoopConfig
+    from esrl.training.loop_config import LoopConfig
     from esrl.training.method import StepConfig
     from esrl.training.mle import LikelihoodConfig
     from esrl.training.optimization import OptimizerConfig

@@ -31,13 +31,13 @@ from esrl.building import (
     within_limits,
     within_prompts,
 )
-from esrl.config import MLEConfig, RewardModelConfig, RLConfig, RunConfig, pinned, signature
+from esrl.config import MLEConfig, RewardModelConfig, RLConfig, RunConfig, pinned
 from esrl.data.examples import Example
 from esrl.data.preferences import limit_pairs
 from esrl.data.readers import DataConfig, load_examples
 from esrl.evaluation.development import Development
 from esrl.evaluation.scores import check_references, metrics_by_name
-from esrl.fingerprint import accepted, fingerprint, flatten
+from esrl.fingerprint import accepted, fingerprint, flatten, signature
 from esrl.judge import JudgeConfig, run_judge
 from esrl.models.causal import CausalPolicy
 from esrl.models.quantized import require_quantization

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from esrl import __version__
 from esrl.algorithm.allocation import AllocationConfig
 from esrl.algorithm.baselines import BaselineConfig
 from esrl.algorithm.capability import CapabilityConfig
@@ -24,7 +23,7 @@ from esrl.rewards.calling import RewardConfig
 from esrl.sampling.engine import SamplingConfig
 from esrl.settings import build, merge
 from esrl.training.gradient import GradientConfig
-from esrl.training.loop import LoopConfig
+from esrl.training.loop_config import LoopConfig
 from esrl.training.method import StepConfig
 from esrl.training.mle import LikelihoodConfig
 from esrl.training.optimization import OptimizerConfig
@@ -225,54 +224,6 @@ def rl_config(method: str, **values: Any) -> RLConfig:
         ValueError: an unknown method or key (with the nearest one), a wrong type or a value out of bounds.
     """
     return build(RLConfig, with_method({**values, "method": method}, METHODS, None), "rl_config")
-
-
-def signature(config: RLConfig) -> str:
-    """What a run was, in sacreBLEU's manner."""
-    allocation, baseline = config.allocation, config.baseline
-    capability: str = config.capability.estimator
-    if capability == "metric":
-        capability = "+".join(config.reward.names)
-    tau = f"{allocation.min_temperature}-{allocation.max_temperature}"
-    if allocation.temperature_rule == "fixed":
-        tau = str(allocation.fixed_temperature)
-    parts = {
-        "method": config.method,
-        "alloc": allocation.allocator,
-        "cap": capability,
-        "k": allocation.max_samples,
-        "beta": allocation.elimination_ratio,
-        "tau": tau,
-        "obj": config.objective.kind,
-        "base": f"{baseline.kind}-{baseline.queue_size}" if baseline.kind == "fifo" else baseline.kind,
-        **_learning(config),
-        "seed": config.seed,
-        "v": __version__,
-    }
-    return "esrl|" + "|".join(f"{key}:{value}" for key, value in parts.items())
-
-
-def _learning(config: RLConfig) -> dict[str, Any]:
-    """What the objective of this kind reads."""
-    objective, step = config.objective, config.step
-    parts: dict[str, Any] = {}
-    if not objective.is_clipped:
-        parts["alpha"] = objective.alpha
-    if objective.is_clipped:
-        parts["clip"] = f"{objective.clip_low}-{objective.clip_high}"
-    if objective.kind != "ppo" and objective.is_clipped:
-        parts["std"] = objective.std_norm
-    if objective.kind in ("grpo", "ppo"):
-        parts["norm"] = objective.length_norm
-    if objective.kl_coefficient:
-        parts["kl"] = f"{objective.kl_coefficient}-{objective.estimator}-{objective.place}"
-    if step.num_updates > 1:
-        parts["updates"] = f"{step.updates_per_batch}x{step.minibatches}"
-    if config.lora is not None:
-        parts["lora"] = f"{config.lora.rank}-4bit" if config.lora.load_in_4bit else config.lora.rank
-    if config.precision != "float32":
-        parts["prec"] = config.precision
-    return parts
 
 
 def model_path(value: str, folder: Path | None) -> str:

@@ -1,12 +1,13 @@
-"""What must be the same when a run is resumed, and what may be accepted to differ."""
+"""What a run was, in a line; what must be the same when it is resumed, and what may be accepted to differ."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from esrl import __version__
 from esrl.algorithm.streams import stream_key
-from esrl.config import RunConfig, pinned
+from esrl.config import RLConfig, RunConfig, pinned
 from esrl.data.examples import Example
 from esrl.data.files import nearest
 from esrl.settings import to_toml
@@ -64,6 +65,54 @@ def accepted(config: RunConfig, run: RunFolder, now: dict[str, Any]) -> dict[str
             say(f"accepted: {key} was {before!r} and is {after!r} from here on")
         result[key] = before
     return result
+
+
+def signature(config: RLConfig) -> str:
+    """What a run was, in sacreBLEU's manner."""
+    allocation, baseline = config.allocation, config.baseline
+    capability: str = config.capability.estimator
+    if capability == "metric":
+        capability = "+".join(config.reward.names)
+    tau = f"{allocation.min_temperature}-{allocation.max_temperature}"
+    if allocation.temperature_rule == "fixed":
+        tau = str(allocation.fixed_temperature)
+    parts = {
+        "method": config.method,
+        "alloc": allocation.allocator,
+        "cap": capability,
+        "k": allocation.max_samples,
+        "beta": allocation.elimination_ratio,
+        "tau": tau,
+        "obj": config.objective.kind,
+        "base": f"{baseline.kind}-{baseline.queue_size}" if baseline.kind == "fifo" else baseline.kind,
+        **_learning(config),
+        "seed": config.seed,
+        "v": __version__,
+    }
+    return "esrl|" + "|".join(f"{key}:{value}" for key, value in parts.items())
+
+
+def _learning(config: RLConfig) -> dict[str, Any]:
+    """What the objective of this kind reads."""
+    objective, step = config.objective, config.step
+    parts: dict[str, Any] = {}
+    if not objective.is_clipped:
+        parts["alpha"] = objective.alpha
+    if objective.is_clipped:
+        parts["clip"] = f"{objective.clip_low}-{objective.clip_high}"
+    if objective.kind != "ppo" and objective.is_clipped:
+        parts["std"] = objective.std_norm
+    if objective.kind in ("grpo", "ppo"):
+        parts["norm"] = objective.length_norm
+    if objective.kl_coefficient:
+        parts["kl"] = f"{objective.kl_coefficient}-{objective.estimator}-{objective.place}"
+    if step.num_updates > 1:
+        parts["updates"] = f"{step.updates_per_batch}x{step.minibatches}"
+    if config.lora is not None:
+        parts["lora"] = f"{config.lora.rank}-4bit" if config.lora.load_in_4bit else config.lora.rank
+    if config.precision != "float32":
+        parts["prec"] = config.precision
+    return parts
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -43,7 +43,8 @@ from esrl.rewards.reading import ReadingConfig
 from esrl.sampling.engine import SamplingConfig
 from esrl.training.checkpoint import CheckpointStore
 from esrl.training.gradient import GradientConfig
-from esrl.training.loop import Loop, LoopConfig
+from esrl.training.loop import Loop
+from esrl.training.loop_config import LoopConfig
 from esrl.training.optimization import Optimizer, OptimizerConfig
 from esrl.training.processes import Processes
 from esrl.training.reward_model import PairwiseConfig, RewardModelTask

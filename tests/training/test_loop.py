@@ -23,7 +23,8 @@ from esrl.errors import Interrupted, NumericsError
 from esrl.report.runs import read_run
 from esrl.training.alarms import AlarmConfig
 from esrl.training.checkpoint import CheckpointStore, unpack_tensors
-from esrl.training.loop import Loop, LoopConfig, LoopState, Update
+from esrl.training.loop import Loop, LoopState, Update
+from esrl.training.loop_config import LoopConfig
 from esrl.training.optimization import OptimizerConfig
 from esrl.training.run_folder import RunFolder
 

@@ -90,7 +90,7 @@ def test_esrl_random_drops_any(assets: Path, tmp_path: Path):
 
 
 def test_the_signature_names_the_estimator(assets: Path):
-    from esrl.config import signature
+    from esrl.fingerprint import signature
 
     config = rl_config(assets, Path("unused"), {"capability": {"estimator": "reward"}, "method": "rloo"})
     assert "|method:rloo|" in signature(config) and "|cap:reward|" in signature(config)

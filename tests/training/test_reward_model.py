@@ -31,7 +31,8 @@ from esrl.data.preferences import collate, score_encoder
 from esrl.errors import Interrupted
 from esrl.models.adapters import LoraSettings
 from esrl.rewards.loading import load_reward_model
-from esrl.training.loop import Loop, LoopConfig
+from esrl.training.loop import Loop
+from esrl.training.loop_config import LoopConfig
 from esrl.training.optimization import OptimizerConfig
 from esrl.training.reward_model import (
     SETTINGS,

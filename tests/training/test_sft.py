@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from esrl.data.encoding import Encoder, PromptConfig
 from esrl.errors import Interrupted
-from esrl.training.loop import Loop, LoopConfig
+from esrl.training.loop import Loop
+from esrl.training.loop_config import LoopConfig
 from esrl.training.optimization import OptimizerConfig
 from esrl.training.run_folder import RunFolder
 from esrl.training.sft import SFTConfig, SFTTask, fill_batches, micro_batches
