@@ -82,14 +82,14 @@ class MarianPolicy:
         projections = [(attention.k_proj, attention.v_proj) for attention in attentions]
         encoder = self.plain.get_encoder()
         # in parts, dropout would draw other masks than the pass with a graph that replays them
-        if torch.is_grad_enabled() or self.model.training or self.device.type != "cpu":
+        fixed = torch.is_grad_enabled() or self.model.training or self.device.type != "cpu"
+        # for few tokens it takes longer to lay out the weights than it saves
+        if fixed or prompts.mask.numel() <= _ENCODED_TOKENS:
             return self._encode(prompts, encoder, projections)
-        encoder, projections = (
-            twin(encoder, frozen_linear),
-            [(frozen_linear(k), frozen_linear(v)) for k, v in projections],
-        )
+        encoder = twin(encoder, frozen_linear)
+        projections = [(frozen_linear(key), frozen_linear(value)) for key, value in projections]
         # what a part makes fits into memory that is used again and again; fresh pages cost a tenth of the time
-        size = max(1, _ENCODED_TOKENS // max(1, prompts.mask.shape[1]))
+        size = max(1, _ENCODED_TOKENS // prompts.mask.shape[1])
         parts = [list(range(start, min(start + size, len(prompts)))) for start in range(0, len(prompts), size)]
         return PromptState.join([self._encode(prompts.select(part), encoder, projections) for part in parts])
 
