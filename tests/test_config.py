@@ -27,10 +27,10 @@ from esrl.config import (
     locate,
     pinned,
     settle,
-    signature,
     with_method,
 )
 from esrl.data.readers import DataConfig
+from esrl.fingerprint import signature
 from esrl.judge import JudgeConfig
 from esrl.models.adapters import LoraSettings
 from esrl.settings import build, merge, read_toml, to_toml
@@ -378,6 +378,9 @@ def test_a_reward_model_goes_by_its_accuracy_after_an_epoch():
 def test_adapters_are_part_of_the_signature():
     assert "|lora:" not in signature(make())
     assert "|lora:4|seed:1|" in signature(make(lora={"rank": 4}))
+    assert "|lora:4-4bit|prec:bfloat16|" in signature(
+        make(lora={"rank": 4, "load_in_4bit": True}, precision="bfloat16")
+    )
     assert make(lora={}).lora == LoraSettings() and make(lora=False).lora is None
 
 
