@@ -391,7 +391,7 @@ CLASSES: dict[str, Any] = {"mle": MLEConfig, "sft": MLEConfig, "reward-model": R
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_the_configs_are_sound_and_point_into_the_project(path):
-    assert len(CONFIGS) == 14
+    assert len(CONFIGS) == 17
     folder = path.resolve().parent
     cls = CLASSES.get(path.stem, RLConfig)  # named after their method, else
     values = locate(read_toml(path), folder)
