@@ -38,7 +38,7 @@ def main() -> None:
     for key, unit in QUANTITIES.items():
         if lines := series(runs, key):
             title = key.replace("_", " ")
-            svg = line_chart(title, lines, unit=unit, x_label="tokens drawn")
+            svg = line_chart(title, lines, unit=unit, x_label="thousand tokens drawn")
             alone = svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" style="background:white" ', 1)
             (chosen.output / f"{key}.svg").write_text(alone + "\n", encoding="utf-8")
 
@@ -50,7 +50,7 @@ def series(runs: dict[str, Run], key: str) -> list[Series]:
         steps, values = run.column(key)
         at, tokens = run.column("tokens_sampled")
         if len(steps):
-            drawn = np.interp(steps, at, tokens.cumsum())
+            drawn = np.interp(steps, at, tokens.cumsum()) / 1000
             lines.append(Series(label=name, colour=colour, x=drawn, y=values))
     return lines
 
