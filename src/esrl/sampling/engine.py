@@ -137,7 +137,9 @@ class EngineSampler:
             yield state, _Rows(local, torch.tensor(part, dtype=torch.int64)[local], sample)
 
     def _waves(self, rows: _Rows, limits: _Limits) -> Iterator[_Rows]:
-        size = max(1, limits.cache_tokens // self.config.max_new_tokens)
+        most = max(1, limits.cache_tokens // self.config.max_new_tokens)
+        num_waves = -(-len(rows.prompt) // most)
+        size = -(-len(rows.prompt) // num_waves)  # equal ones: a last one of few rows takes as many steps
         for start in range(0, len(rows.prompt), size):
             part = slice(start, start + size)
             yield _Rows(rows.local[part], rows.prompt[part], rows.sample[part])
