@@ -39,6 +39,7 @@ from esrl.models.causal_attention import attending
 from esrl.models.causal_decoder import FrozenCausalDecoder
 from esrl.models.causal_llama import FrozenLlamaDecoder
 from esrl.models.causal_support import compare
+from esrl.models.policy import PromptState
 from esrl.types import Prompts
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -101,6 +102,51 @@ def test_step_by_step_is_the_plain_forward(family, generic, dtype, tokenizer):
             atol=TOLERANCE[dtype],
             msg=f"row {row}, position {position}",
         )
+
+
+@pytest.mark.parametrize("generic", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_waves_side_by_side_are_the_plain_forward(family, generic, tokenizer):
+    """Rows that begin at steps 0, 2 and 9, so that each wave is at a position of its own; rows leave, then a wave."""
+    policy = make_causal(family, tokenizer)
+    prompts, answers = make_prompts(LENGTHS), random_answers(len(PROMPT_INDEX), 14)
+    inputs = decoder_inputs(policy, prompts, PROMPT_INDEX, answers)
+    frozen = FrozenCausalDecoder(policy.body, policy.projection(), POSITIONS) if generic else policy.frozen_decoder()
+    begins = {0: [0, 1, 2, 3], 2: [4, 5, 6], 9: [7, 8, 9, 10]}
+    stays = {5: [[0, 3, 2], [4, 6]], 11: [[], [6], [10, 8, 9]]}
+    with torch.no_grad():
+        state, expected = policy.encode(prompts), plain_logits(policy.model, prompts, PROMPT_INDEX, answers)
+    decoder, waves, position = None, [], {}
+    for step in range(14):
+        if step in begins:
+            decoder = join(frozen, decoder, state, PROMPT_INDEX[begins[step]])
+            waves.append(begins[step])
+            position |= dict.fromkeys(begins[step], 0)
+        if step in stays:
+            kept = [[wave.index(row) for row in rows] for wave, rows in zip(waves, stays[step], strict=True)]
+            decoder.keep(*(torch.tensor(rows, dtype=torch.int64) for rows in kept))
+            waves = [rows for rows in stays[step] if rows]
+        rows = [row for wave in waves for row in wave]
+        logits = frozen.projection.logits(decoder.step(torch.stack([inputs[row, position[row]] for row in rows])))
+        for row, own in zip(rows, logits, strict=True):
+            torch.testing.assert_close(
+                not_suppressed(policy, own),
+                not_suppressed(policy, expected[row, position[row]]),
+                rtol=0,
+                atol=1e-9,
+                msg=f"row {row} at step {step}",
+            )
+            position[row] += 1
+    assert position == {0: 11, 1: 5, 2: 11, 3: 11, 4: 9, 5: 3, 6: 12, 7: 2, 8: 5, 9: 5, 10: 5}
+
+
+def join(frozen: Any, decoder: Any, state: PromptState, prompt_index: torch.Tensor) -> Any:
+    """Let rows begin, with the state of their prompts alone."""
+    used, local = torch.unique(prompt_index, return_inverse=True)
+    if decoder is None:
+        return frozen.start(state.select(used), local)
+    decoder.join(state.select(used), local)
+    return decoder
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])

@@ -180,9 +180,40 @@ def test_cached_steps_equal_the_parallel_forward(make_policy, prompts, dtype, to
         parallel = policy.hidden_states(policy.encode(prompts), PROMPT_INDEX, inputs)
         seen, decoder = cached_logits(policy, prompts, PROMPT_INDEX, inputs, keep_at)
     assert len(seen) == 13 * 5 + 11 * 13 + 5 * 12 + 2 * 3 + 1 * 4
-    assert decoder.cache.state.mask.shape[0] == 1
+    assert decoder.waves.waves[0].cache.state.mask.shape[0] == 1
     worst = max(float((parallel[row, position] - value).abs().max()) for (row, position), value in seen.items())
     assert worst < tolerance
+
+
+def test_waves_side_by_side_equal_the_parallel_forward(random64, prompts):
+    """Rows that begin at steps 0, 3 and 10, each wave with its own prompts; rows leave, then a whole wave."""
+    begins = {0: [0, 1, 2, 3, 4], 3: [5, 6, 7, 8], 10: [9, 10, 11, 12]}
+    stays = {6: [[0, 4, 2], [5, 8]], 14: [[], [8], [9, 12, 11]], 20: [[8], [9, 11]]}
+    inputs = decoder_inputs(random64, len(PROMPT_INDEX), 25)
+    frozen, decoder, waves, position = random64.frozen_decoder(), None, [], {}
+    with torch.no_grad():
+        state = random64.encode(prompts)
+        parallel = random64.hidden_states(state, PROMPT_INDEX, inputs)
+    for step in range(25):
+        if step in begins:
+            used, local = torch.unique(PROMPT_INDEX[begins[step]], return_inverse=True)
+            if decoder is None:
+                decoder = frozen.start(state.select(used), local)
+            else:
+                decoder.join(state.select(used), local)
+            waves.append(begins[step])
+            position |= dict.fromkeys(begins[step], 0)
+        if step in stays:
+            kept = [[wave.index(row) for row in rows] for wave, rows in zip(waves, stays[step], strict=True)]
+            decoder.keep(*(torch.tensor(rows, dtype=torch.int64) for rows in kept))
+            waves = [rows for rows in stays[step] if rows]
+        rows = [row for wave in waves for row in wave]
+        hidden = decoder.step(torch.stack([inputs[row, position[row]] for row in rows]))
+        for row, state_of_row in zip(rows, hidden, strict=True):
+            expected = parallel[row, position[row]]
+            torch.testing.assert_close(state_of_row, expected, rtol=0, atol=1e-11, msg=f"{row} at {step}")
+            position[row] += 1
+    assert position[8] == 22 and position[0] == 14 and position[11] == 15
 
 
 def test_cached_steps_without_source_padding_and_with_full_groups(random64, prompts):
@@ -194,7 +225,7 @@ def test_cached_steps_without_source_padding_and_with_full_groups(random64, prom
     with torch.no_grad():
         parallel = random64.hidden_states(random64.encode(same), index, inputs)
         seen, decoder = cached_logits(random64, same, index, inputs, {})
-    assert decoder.groups.slots is None and decoder.source_mask is None
+    assert decoder.waves.waves[0].groups.slots is None and decoder.waves.waves[0].source_mask is None
     worst = max(float((parallel[row, position] - value).abs().max()) for (row, position), value in seen.items())
     assert worst < 1e-11
 

@@ -16,7 +16,8 @@ from scipy.stats import chi2
 from esrl.algorithm.streams import sample_uniforms
 from esrl.errors import NumericsError
 from esrl.models.seq2seq import MarianPolicy
-from esrl.sampling.engine import EngineSampler, SamplingConfig, _batch_size, _survivors
+from esrl.sampling.decoding import _survivors, batch_size, survivors
+from esrl.sampling.engine import EngineSampler, SamplingConfig
 from esrl.training.gradient import GradientConfig, StageTwo
 from esrl.types import Prompts, Rollouts, SamplingPlan
 
@@ -421,7 +422,7 @@ def test_more_tokens_than_positions_are_refused(random64):
 def test_rows_that_have_ended_are_overwritten_by_the_last_ones(ended):
     """All rows that go on are kept, once each; of them only those behind the new end change place."""
     done = torch.tensor(ended)
-    size = min(_batch_size(int((~done).sum())), len(done))
+    size = min(batch_size(int((~done).sum())), len(done))
     order = _survivors(done, size).tolist()
     assert len(order) == len(set(order)) == size
     going_on = {row for row, end in enumerate(ended) if not end}
@@ -429,6 +430,45 @@ def test_rows_that_have_ended_are_overwritten_by_the_last_ones(ended):
     assert all(order[row] == row for row in going_on if row < size)
 
 
+@given(st.lists(st.tuples(st.lists(st.booleans(), min_size=1, max_size=30), st.booleans()), min_size=1, max_size=6))
+@settings(max_examples=200, deadline=None)
+def test_rows_of_every_wave_that_go_on_are_kept(waves):
+    """And no row of a wave that is over; the batch has the size that was asked for, where enough others have ended."""
+    done = [[end or over for end in ended] for ended, over in waves]
+    sizes, over = [len(wave) for wave in done], [over for _, over in waves]
+    going_on = sum(not end for wave in done for end in wave)
+    size = batch_size(going_on)
+    kept = [rows.tolist() for rows in survivors(torch.tensor(list(itertools.chain(*done))), sizes, over, size)]
+    for wave, rows in zip(done, kept, strict=True):
+        assert len(set(rows)) == len(rows)
+        assert {row for row, end in enumerate(wave) if not end} <= set(rows)
+        assert rows == [] or not all(wave)
+    usable = sum(len(wave) for wave in done if not all(wave))
+    assert sum(map(len, kept)) == min(size, usable)
+
+
+def test_rows_take_the_places_of_those_that_have_ended(random64, prompts, make_plan):
+    """160 rows in 20 places: never more at a time, and far fewer steps than eight waves one after the other take."""
+    seen: list[int] = []
+
+    class Counting(MarianPolicy):
+        def frozen_decoder(self) -> Any:
+            frozen = super().frozen_decoder()
+            logits = frozen.projection.logits
+            frozen.projection.logits = lambda hidden: seen.append(len(hidden)) or logits(hidden)
+            return frozen
+
+    plan = make_plan([16] * 10, 1.0)
+    policy = Counting(random64.model, random64.tokenizer)
+    rollouts = sample(policy, prompts, plan, max_cache_tokens=20 * STEPS, compaction_share=0.0)
+    expected = rows_by_name(sample(random64, prompts, plan), prompts.example_ids)
+    assert_same(rows_by_name(rollouts, prompts.example_ids), expected)
+    lengths = rollouts.lengths.view(8, 20)
+    assert max(seen) == 20
+    assert len(seen) < 0.8 * int(lengths.max(1).values.sum())
+    assert sum(seen) < 1.5 * int(lengths.sum())  # few places are taken by rows that have ended
+
+
 def test_batch_sizes_are_few():
-    assert [_batch_size(rows) for rows in (1, 8, 9, 64, 65, 96, 97)] == [8, 8, 16, 64, 96, 96, 128]
-    assert len({_batch_size(rows) for rows in range(1, 321)}) == 16
+    assert [batch_size(rows) for rows in (1, 8, 9, 64, 65, 96, 97)] == [8, 8, 16, 64, 96, 96, 128]
+    assert len({batch_size(rows) for rows in range(1, 321)}) == 16

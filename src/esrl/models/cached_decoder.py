@@ -19,7 +19,7 @@ from esrl.algorithm.log_probs import Projection
 from esrl.models.groups import PromptGroups
 from esrl.models.linear import FrozenLinear, FrozenProjection
 from esrl.models.policy import PromptState
-from esrl.models.row_cache import RowCache
+from esrl.models.row_cache import RowCache, Waves
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,36 +81,20 @@ class FrozenMarianDecoder:
         self.projection = FrozenProjection(projection)
 
     def start(self, state: PromptState, prompt_index: Tensor) -> CachedDecoder:
-        return CachedDecoder(self, state, prompt_index)
+        return CachedDecoder(self, SourceRows(state, prompt_index))
 
 
-class CachedDecoder:
-    """Decodes rows with a key/value cache.
+class SourceRows:
+    """Rows that have begun together: what they have decoded (``cache``), and how they read their sources.
 
     Args:
-        weights: of the decoder.
         state: the shared prompt state.
         prompt_index: (R,) int64, each row's prompt.
     """
 
-    def __init__(self, weights: FrozenMarianDecoder, state: PromptState, prompt_index: Tensor) -> None:
-        self.weights = weights
+    def __init__(self, state: PromptState, prompt_index: Tensor) -> None:
         self.cache = RowCache(state, prompt_index)
         self._place()
-
-    @torch.no_grad()
-    def step(self, tokens: Tensor) -> Tensor:
-        """(R,) last tokens -> (R, D) states for the next ones."""
-        weights = self.weights
-        self.cache.reserve()
-        hidden = functional.embedding(tokens, weights.embedding) * weights.scale
-        hidden += weights.positions[self.cache.position]
-        for i, layer in enumerate(weights.layers):
-            hidden = layer.norm(layer.mix(self._self_attention(i, hidden), hidden))
-            hidden = layer.cross_norm(layer.cross_mix(self._cross_attention(i, hidden), hidden))
-            hidden = layer.final_norm(layer.feed_forward(hidden))
-        self.cache.position += 1
-        return hidden
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows, in this order."""
@@ -122,17 +106,57 @@ class CachedDecoder:
         self.groups = PromptGroups.of(self.cache.prompt_index, mask.shape[0])
         self.source_mask = None if bool(mask.all()) else mask[:, None, None, :]
 
-    def _self_attention(self, i: int, hidden: Tensor) -> Tensor:
-        layer, rows = self.weights.layers[i], len(hidden)
-        query, key, value = layer.project(hidden).view(rows, 3, layer.heads, 1, -1).unbind(1)
-        return attention(query, *self.cache.write(i, key, value)).reshape(rows, -1)
+    def self_attention(self, i: int, projected: Tensor) -> Tensor:
+        """(R, 3, H, 1, d) queries, keys and values of layer i -> (R, D)."""
+        query, key, value = projected.unbind(1)
+        return attention(query, *self.cache.write(i, key, value)).reshape(len(projected), -1)
 
-    def _cross_attention(self, i: int, hidden: Tensor) -> Tensor:
-        layer, groups, state = self.weights.layers[i], self.groups, self.cache.state
-        query = groups.spread(layer.cross_query(hidden))
-        query = query.view(*query.shape[:2], layer.heads, -1).transpose(1, 2)
+    def cross_attention(self, i: int, query: Tensor, heads: int) -> Tensor:
+        """(R, D) -> (R, D)."""
+        groups, state = self.groups, self.cache.state
+        query = groups.spread(query)
+        query = query.view(*query.shape[:2], heads, -1).transpose(1, 2)
         mixed = attention(query, state.keys[i], state.values[i], self.source_mask)
         return groups.collect(mixed.transpose(1, 2).flatten(2))
+
+
+class CachedDecoder:
+    """Decodes rows with a key/value cache.
+
+    Args:
+        weights: of the decoder.
+        first: the rows to begin with.
+    """
+
+    def __init__(self, weights: FrozenMarianDecoder, first: SourceRows) -> None:
+        self.weights = weights
+        self.waves = Waves(first)
+
+    def join(self, state: PromptState, prompt_index: Tensor) -> None:
+        """Let more rows begin, behind those that are there."""
+        self.waves.add(SourceRows(state, prompt_index))
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor) -> Tensor:
+        """(R,) last tokens -> (R, D) states for the next ones."""
+        weights, each = self.weights, self.waves.each
+        self.waves.reserve()
+        hidden = functional.embedding(tokens, weights.embedding) * weights.scale
+        hidden = each(lambda wave, part: part + weights.positions[wave.cache.position], hidden)
+        for i, layer in enumerate(weights.layers):
+            projected = layer.project(hidden).view(len(hidden), 3, layer.heads, 1, -1)
+            mixed = each(lambda wave, part, i=i: wave.self_attention(i, part), projected)
+            hidden = layer.norm(layer.mix(mixed, hidden))
+            query = layer.cross_query(hidden)
+            mixed = each(lambda wave, part, i=i, layer=layer: wave.cross_attention(i, part, layer.heads), query)
+            hidden = layer.cross_norm(layer.cross_mix(mixed, hidden))
+            hidden = layer.final_norm(layer.feed_forward(hidden))
+        self.waves.advance()
+        return hidden
+
+    def keep(self, *rows: Tensor) -> None:
+        """Go on with these rows of each wave, in this order."""
+        self.waves.keep(*rows)
 
 
 def attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:

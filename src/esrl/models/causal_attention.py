@@ -20,9 +20,11 @@ from transformers import AttentionInterface
 
 from esrl.models.groups import PromptGroups
 from esrl.models.policy import PromptState
-from esrl.models.row_cache import RowCache
+from esrl.models.row_cache import RowCache, Waves
 
 IMPLEMENTATION = "esrl"
+Settings = tuple[float, int | None, float | None]
+"""Scale of the scores, sliding window, soft cap."""
 _HARMLESS = {"position_ids", "use_cache", "is_causal", "output_attentions", "output_hidden_states", "return_dict"}
 
 
@@ -70,7 +72,7 @@ class SharedPrefix:
 
 
 class CausalRows:
-    """Rows of a causal model: what they have decoded (``cache``), and how they read their prompts (``prefix``).
+    """Rows that have begun together: what they have decoded (``cache``), and how they read their prompts (``prefix``).
 
     Args:
         state: the shared prompt state.
@@ -94,6 +96,22 @@ class CausalRows:
     def positions(self) -> Tensor:
         """(R,) the present position of each row, the prompt counted; the last one for rows that ended there."""
         return (self.prefix.start + self.cache.position).clamp_max(self.max_length - 1)
+
+    def attend(self, layer: int, settings: Settings, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """(R, H, 1, d) queries, (R, H', 1, d) keys and values of the present position -> (R, H, 1, d)."""
+        return joint_attention(query, *self.cache.write(layer, key, value), self.prefix, layer, settings)
+
+
+class CausalWaves(Waves[CausalRows]):
+    """Waves of a causal model."""
+
+    def positions(self) -> Tensor:
+        """(R,)"""
+        return torch.cat([wave.positions() for wave in self.waves])
+
+    def attend(self, layer: int, settings: Settings, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """As that of ``CausalRows``, for all rows."""
+        return self.each(lambda wave, *own: wave.attend(layer, settings, *own), query, key, value)
 
 
 class KeyValueCache(Protocol):
@@ -128,6 +146,7 @@ class Attending:
     """What the attention function must know besides its arguments, and what it saw."""
 
     prefix: SharedPrefix | None = None  # none while the prompts themselves are run
+    waves: CausalWaves | None = None  # stage one's
     layers: int = 0  # layers that have attended
     windowed: bool = False  # whether any of them has a sliding window
 
@@ -136,13 +155,13 @@ _ACTIVE: ContextVar[Attending | None] = ContextVar("esrl_attending", default=Non
 
 
 @contextmanager
-def attending(config: Any, prefix: SharedPrefix | None = None) -> Iterator[Attending]:
+def attending(config: Any, prefix: SharedPrefix | None = None, waves: CausalWaves | None = None) -> Iterator[Attending]:
     """Send the attention of the model with this configuration through ``attend``; afterwards all is as before.
 
     Raises:
         ValueError: on leaving, if not every layer came by exactly once.
     """
-    active = Attending(prefix)
+    active = Attending(prefix, waves)
     before, token = config._attn_implementation, _ACTIVE.set(active)
     config._attn_implementation = IMPLEMENTATION
     try:
@@ -189,12 +208,15 @@ def attend(  # noqa: PLR0913 - the signature is Hugging Face's
     active.windowed |= sliding_window is not None
     layer, active.layers = active.layers, active.layers + 1
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if active.prefix is None and softcap is None and (sliding_window is None or sliding_window >= key.shape[2]):
+    settings = (scale, sliding_window, softcap)
+    if active.waves is not None:
+        mixed = active.waves.attend(layer, settings, query, key, value)
+    elif active.prefix is None and softcap is None and (sliding_window is None or sliding_window >= key.shape[2]):
         mixed = functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scale, enable_gqa=key.shape[1] != query.shape[1]
         )
     else:
-        mixed = joint_attention(query, key, value, active.prefix, layer, (scale, sliding_window, softcap))
+        mixed = joint_attention(query, key, value, active.prefix, layer, settings)
     return mixed.transpose(1, 2), None
 
 
@@ -207,7 +229,7 @@ def joint_attention(
     value: Tensor,
     prefix: SharedPrefix | None,
     layer: int,
-    settings: tuple[float, int | None, float | None],
+    settings: Settings,
 ) -> Tensor:
     """One softmax over the scores of the prompt's keys and of the own ones: (R, H, T, d')."""
     scale, window, softcap = settings

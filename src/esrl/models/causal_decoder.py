@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from esrl.algorithm.log_probs import Projection
-from esrl.models.causal_attention import CausalRows, attending
+from esrl.models.causal_attention import CausalRows, CausalWaves, attending
 from esrl.models.frozen import frozen_linear, twin
 from esrl.models.linear import FrozenProjection
 from esrl.models.policy import PromptState
@@ -30,36 +30,40 @@ class FrozenCausalDecoder:
         self.max_length = max_length
 
     def start(self, state: PromptState, prompt_index: Tensor) -> CausalDecoder:
-        return CausalDecoder(self.body, CausalRows(state, prompt_index, self.max_length))
+        return CausalDecoder(self, CausalRows(state, prompt_index, self.max_length))
 
 
 class CausalDecoder:
-    """Decodes rows with a key/value cache, which is also the cache that the model's layers see."""
+    """Decodes rows with a key/value cache. It is itself the cache that the model's layers see."""
 
-    def __init__(self, body: Any, rows: CausalRows) -> None:
-        self.body = body
-        self.rows = rows
+    def __init__(self, weights: FrozenCausalDecoder, first: CausalRows) -> None:
+        self.weights = weights
+        self.waves = CausalWaves(first)
+
+    def join(self, state: PromptState, prompt_index: Tensor) -> None:
+        self.waves.add(CausalRows(state, prompt_index, self.weights.max_length))
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
         """(R,) last tokens -> (R, D) states for the next ones."""
-        self.rows.cache.reserve()
-        with attending(self.body.config, self.rows.prefix):
-            output = self.body(
+        self.waves.reserve()
+        with attending(self.weights.body.config, waves=self.waves):
+            output = self.weights.body(
                 input_ids=tokens[:, None],
-                position_ids=self.rows.positions()[:, None],
+                position_ids=self.waves.positions()[:, None],
                 past_key_values=self,
                 use_cache=True,
             )
-        self.rows.cache.position += 1
+        self.waves.advance()
         hidden: Tensor = output.last_hidden_state[:, 0]
         return hidden
 
-    def keep(self, rows: Tensor) -> None:
-        self.rows.keep(rows)
+    def keep(self, *rows: Tensor) -> None:
+        self.waves.keep(*rows)
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        return self.rows.cache.write(layer, key, value)
+        """The attention function keeps them, wave by wave."""
+        return key, value
 
     def get_seq_length(self, *_: Any) -> int:
-        return self.rows.cache.position
+        return self.waves.waves[0].cache.position

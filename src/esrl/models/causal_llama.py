@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from esrl.algorithm.log_probs import Projection
-from esrl.models.causal_attention import CausalRows, joint_attention
+from esrl.models.causal_attention import CausalRows, CausalWaves
 from esrl.models.frozen import linear_bias, linear_weight
 from esrl.models.linear import FrozenLinear, FrozenProjection
 from esrl.models.policy import PromptState
@@ -100,17 +100,20 @@ def fits(body: Any) -> bool:
 class LlamaDecoder:
     """Decodes rows with a key/value cache."""
 
-    def __init__(self, weights: FrozenLlamaDecoder, rows: CausalRows) -> None:
+    def __init__(self, weights: FrozenLlamaDecoder, first: CausalRows) -> None:
         self.weights = weights
-        self.rows = rows
+        self.waves = CausalWaves(first)
+
+    def join(self, state: PromptState, prompt_index: Tensor) -> None:
+        self.waves.add(CausalRows(state, prompt_index, self.weights.max_length))
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
         """(R,) last tokens -> (R, D) states for the next ones."""
-        weights, rows = self.weights, self.rows
-        rows.cache.reserve()
+        weights, waves = self.weights, self.waves
+        waves.reserve()
         hidden: Tensor = weights.embed(tokens)
-        cos, sin = (part[:, None, 0] for part in weights.rotary(hidden, rows.positions()[:, None]))  # (R, 1, d)
+        cos, sin = (part[:, None, 0] for part in weights.rotary(hidden, waves.positions()[:, None]))  # (R, 1, d)
         # rotate_half as a roll: the first half of the sines changes sign
         sin = torch.cat([-sin[..., : sin.shape[-1] // 2], sin[..., sin.shape[-1] // 2 :]], -1)
         for i, layer in enumerate(weights.layers):
@@ -118,11 +121,11 @@ class LlamaDecoder:
             hidden = layer.mix(mixed, hidden)
             gate, up = layer.gate(layer.feed_forward_norm(hidden)).chunk(2, 1)
             hidden = layer.down(functional.silu(gate).mul_(up), hidden)
-        rows.cache.position += 1
+        waves.advance()
         return weights.norm(hidden)
 
-    def keep(self, rows: Tensor) -> None:
-        self.rows.keep(rows)
+    def keep(self, *rows: Tensor) -> None:
+        self.waves.keep(*rows)
 
     def _attention(self, i: int, layer: _Layer, projected: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """(R, heads + 2 key heads, d) as one row each -> (R, D)."""
@@ -134,8 +137,8 @@ class LlamaDecoder:
             turning = torch.cat([layer.query_norm(query), layer.key_norm(key)], 1)
         turned = (turning * cos).addcmul_(turning.roll(layer.head_width // 2, -1), sin)
         query, key = turned[:, : -layer.key_heads, None], turned[:, -layer.key_heads :, None]
-        keys, values = self.rows.cache.write(i, key, value[:, :, None])
-        mixed = joint_attention(query, keys, values, self.rows.prefix, i, (layer.scale, layer.window, None))
+        settings = (layer.scale, layer.window, None)
+        mixed = self.waves.attend(i, settings, query, key, value[:, :, None])
         return mixed.reshape(rows, -1)
 
 

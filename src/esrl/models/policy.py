@@ -60,14 +60,18 @@ class PromptState:
 
 
 class Decoder(Protocol):
-    """Stage one's view: rows decoded a token at a time, without a graph."""
+    """Stage one's view: rows decoded a token at a time, without a graph. Rows that begin together are a wave."""
 
-    def step(self, tokens: Tensor) -> Tensor:
-        """(R,) last tokens -> (R, D) states for the next ones; the cache grows by one position."""
+    def join(self, state: PromptState, prompt_index: Tensor) -> None:
+        """Let a wave of R rows begin, behind those that are there; ``prompt_index`` (R,) gives each row's prompt."""
         ...
 
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows (int64) in this order; cheap where most of them stay where they are."""
+    def step(self, tokens: Tensor) -> Tensor:
+        """(R,) last tokens -> (R, D) states for the next ones; the caches grow by one position."""
+        ...
+
+    def keep(self, *rows: Tensor) -> None:
+        """Go on with these rows (int64) of each wave in this order; cheap where most of them stay where they are."""
         ...
 
 
@@ -77,7 +81,7 @@ class FrozenDecoder(Protocol):
     projection: FrozenProjection
 
     def start(self, state: PromptState, prompt_index: Tensor) -> Decoder:
-        """Begin to decode R rows; ``prompt_index`` (R,) gives each row's prompt."""
+        """Begin to decode a wave of R rows; ``prompt_index`` (R,) gives each row's prompt."""
         ...
 
 

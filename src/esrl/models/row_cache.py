@@ -1,6 +1,13 @@
-"""Stage one's own keys and values: pre-allocated, growing, rows that have ended overwritten by the last ones."""
+"""Stage one's own keys and values: pre-allocated, growing, rows that have ended overwritten by the last ones.
+
+Rows that begin together are a wave and have one cache. Waves that began at different steps are decoded side by side:
+linear layers see all their rows at once, attention goes wave by wave.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,13 +45,14 @@ class RowCache:
         return keys, values
 
     def reserve(self) -> None:
-        """Double the room where it is full; rows that have ended are left behind."""
+        """Make more room where it is full; rows that have ended are left behind."""
         capacity = self.keys[0].shape[2]
         if self.position < capacity:
             return
+        more = max(_FIRST_CAPACITY, capacity // 2)
         for caches in (self.keys, self.values):
             for i, old in enumerate(caches):
-                new = old.new_empty(self.rows, old.shape[1], 2 * capacity, old.shape[3])
+                new = old.new_empty(self.rows, old.shape[1], capacity + more, old.shape[3])
                 new[:, :, :capacity] = old[: self.rows]
                 caches[i] = new
 
@@ -53,6 +61,9 @@ class RowCache:
 
         Only rows that change place are copied. The room of the others is given back when the cache next grows.
         """
+        if not len(rows):
+            self.rows = 0
+            return
         moved = (rows != torch.arange(len(rows), device=self.device)).nonzero()[:, 0]
         source, used = rows[moved], self.position
         for cache in (*self.keys, *self.values):
@@ -67,3 +78,57 @@ class RowCache:
 
     def _empty(self, shared: Tensor) -> Tensor:
         return shared.new_empty(self.rows, shared.shape[1], _FIRST_CAPACITY, shared.shape[3])
+
+
+class Wave(Protocol):
+    """Rows that have begun together: what they have decoded, and how they read their prompts."""
+
+    cache: RowCache
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows, in this order."""
+        ...
+
+
+AnyWave = TypeVar("AnyWave", bound=Wave)
+
+
+class Waves(Generic[AnyWave]):
+    """Waves side by side; their rows follow each other in the batch."""
+
+    def __init__(self, first: AnyWave) -> None:
+        self.waves: list[AnyWave] = []
+        self.add(first)
+
+    def add(self, wave: AnyWave) -> None:
+        """Put a wave behind the others."""
+        self.waves.append(wave)
+        self._count()
+
+    def keep(self, *rows: Tensor) -> None:
+        """Go on with these rows of each wave, in this order; a wave without any is gone."""
+        for wave, kept in zip(self.waves, rows, strict=True):
+            if not torch.equal(kept, torch.arange(wave.cache.rows, device=kept.device)):
+                wave.keep(kept)
+        self.waves = [wave for wave in self.waves if wave.cache.rows]
+        self._count()
+
+    def each(self, function: Callable[..., Tensor], *batches: Tensor) -> Tensor:
+        """``function(wave, its rows of each batch)`` for every wave; the results as one batch again."""
+        if len(self.waves) == 1:
+            return function(self.waves[0], *batches)
+        parts = [batch.split(self.sizes) for batch in batches]
+        return torch.cat([function(*own) for own in zip(self.waves, *parts, strict=True)])
+
+    def reserve(self) -> None:
+        """Make room for a position."""
+        for wave in self.waves:
+            wave.cache.reserve()
+
+    def advance(self) -> None:
+        """On to the next position."""
+        for wave in self.waves:
+            wave.cache.position += 1
+
+    def _count(self) -> None:
+        self.sizes = [wave.cache.rows for wave in self.waves]

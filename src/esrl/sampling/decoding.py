@@ -1,0 +1,232 @@
+"""The loop of stage one: a token for every row, rows that end leave, others take their places.
+
+As many rows are decoded at a time as the cache may hold. Where there are more, a new wave of them begins as soon as
+half of the places are free, beside those that are not done: long samples do not hold up the others, and products stay
+large.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from esrl.models.policy import Decoder, FrozenDecoder, PromptState
+from esrl.sampling.draw import Drawn, Temperature, draw_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What is to be sampled."""
+
+    local: Tensor  # (R,) prompt within the encoded part
+    prompt: Tensor  # (R,) prompt within the batch
+    sample: Tensor  # (R,)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The rows of an encoded part, and all that their samples depend on."""
+
+    state: PromptState
+    rows: Rows
+    starts: Tensor  # (R,) first decoder inputs
+    limits: Tensor  # (R,) longest samples
+    uniforms: Tensor  # (steps, R), or (1, R) where nothing is drawn
+    temperature: Temperature  # of all rows
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How the work is done; none of it changes what is drawn."""
+
+    places: int  # rows decoded at a time
+    logits: int  # logits that exist at a time
+    check_steps: int  # steps between two looks at how many rows have ended: each look waits for the device
+    compaction_share: float
+
+
+class Output:
+    """What R rows have drawn. It is kept step by step, and put in place when the rows in the batch change."""
+
+    def __init__(self, rows: Rows, steps: int, records: tuple[str, ...], dtype: torch.dtype, device: torch.device):
+        num_rows = len(rows.prompt)
+        self.rows = rows
+        self.finished = torch.zeros(num_rows, dtype=torch.bool, device=device)
+        wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+        names = ("log_probs", "sampling_log_probs", *records)
+        self.tensors = {name: torch.zeros(num_rows, steps, dtype=wide, device=device) for name in names}
+        self.tensors["tokens"] = torch.zeros(num_rows, steps, dtype=torch.int64, device=device)
+        self.tensors["mask"] = torch.zeros(num_rows, steps, dtype=torch.bool, device=device)
+        self.waiting: list[tuple[Drawn, Tensor, Tensor]] = []
+
+    def append(self, drawn: Drawn, real: Tensor, ended: Tensor) -> None:
+        """One step: what was drawn, for which rows it counts, which of them it ends."""
+        self.waiting.append((drawn, real, ended))
+
+    def flush(self, alive: Tensor, positions: Tensor) -> None:
+        """Put the steps since the last flush in place.
+
+        Args:
+            alive: (A,) the rows they belong to; positions: (A,) each one's next position.
+        """
+        if not self.waiting:
+            return
+        drawn = [entry[0] for entry in self.waiting]
+        real = torch.stack([entry[1] for entry in self.waiting], 1)
+        ended = torch.stack([entry[2] for entry in self.waiting], 1)
+        columns = {
+            "tokens": [values.tokens for values in drawn],
+            "log_probs": [values.log_probs for values in drawn],
+            "sampling_log_probs": [values.sampling_log_probs for values in drawn],
+        }
+        columns |= {name: [values.records[name] for values in drawn] for name in drawn[0].records}
+        place = alive[:, None], positions[:, None] + torch.arange(-len(drawn), 0, device=alive.device)
+        for name, values in columns.items():
+            self.tensors[name][place] = torch.where(real, torch.stack(values, 1), 0)
+        self.tensors["mask"][place] = real
+        self.finished[alive] |= (ended & real).any(1)
+        self.waiting = []
+
+
+@dataclass(slots=True)
+class _Wave:
+    """Rows that have begun together."""
+
+    size: int
+    position: int  # steps taken
+
+
+class Decoding:
+    """The rows in the batch, wave after wave, from the first to the last.
+
+    Args:
+        frozen: the decoder's weights.
+        eos_tokens: what ends a sample.
+        records: what to record per token besides the log-probabilities.
+    """
+
+    def __init__(
+        self, frozen: FrozenDecoder, work: Work, pace: Pace, eos_tokens: tuple[int, ...], records: tuple[str, ...]
+    ) -> None:
+        self.frozen, self.work, self.pace, self.records = frozen, work, pace, records
+        state = work.state
+        self.device = state.mask.device
+        self.eos = torch.tensor(eos_tokens, device=self.device)
+        self.steps = int(work.limits.max())
+        self.all_limits = work.limits.to(self.device)
+        self.output = Output(work.rows, self.steps, records, state.keys[0].dtype, self.device)
+        self.decoder: Decoder | None = None
+        self.waves: list[_Wave] = []
+        self.begun = 0  # rows that have begun
+        self.alive = torch.empty(0, dtype=torch.int64, device=self.device)  # (A,) the rows in the batch
+        self.positions = self.alive  # (A,) tokens that each of them has
+        self.limits = self.alive  # (A,) and may have
+        self.tokens = self.alive  # (A,) its last one
+        self.done = torch.empty(0, dtype=torch.bool, device=self.device)  # (A,)
+        self.temperature = work.temperature
+
+    def run(self) -> Output:
+        """Decode all rows."""
+        step = 0
+        while self._begin() or self.waves:
+            self._step()
+            step += 1
+            if step % self.pace.check_steps == 0 or self.waves[0].position == self.steps:
+                self._leave()
+        return self.output
+
+    def _begin(self) -> bool:
+        """Let a wave begin where there is room for it."""
+        total, free = len(self.work.rows.prompt), self.pace.places - len(self.alive)
+        size = min(free, total - self.begun)
+        if size < 1 or size < min(self.pace.places // 2, total - self.begun):
+            return False
+        new = torch.arange(self.begun, self.begun + size)
+        self.begun += size
+        # encoded parts may be larger than a wave: take this wave's prompts only
+        used, local = torch.unique_consecutive(self.work.rows.local[new].to(self.device), return_inverse=True)
+        state = self.work.state
+        state = state if len(used) == state.mask.shape[0] else state.select(used)
+        if self.decoder is None:
+            self.decoder = self.frozen.start(state, local)
+        else:
+            self.decoder.join(state, local)
+        self.output.flush(self.alive, self.positions)
+        self.waves.append(_Wave(size, 0))
+        new = new.to(self.device)
+        self.alive = torch.cat([self.alive, new])
+        self.positions = torch.cat([self.positions, torch.zeros_like(new)])
+        self.tokens = torch.cat([self.tokens, self.work.starts[new]])
+        self.done = torch.cat([self.done, torch.zeros_like(new, dtype=torch.bool)])
+        self.limits, self.temperature = self.all_limits[self.alive], self.work.temperature.rows(self.alive)
+        return True
+
+    def _step(self) -> None:
+        """A token for every row in the batch."""
+        assert self.decoder is not None
+        hidden = self.decoder.step(self.tokens)
+        uniforms, greedy = self.work.uniforms, self.temperature.greedy
+        numbers = uniforms[0, self.alive] if greedy else uniforms[self.positions, self.alive]
+        drawn = draw_tokens(hidden, self.frozen.projection, self.temperature, numbers, self.records, self.pace.logits)
+        self.tokens = drawn.tokens
+        ended = self.tokens == self.eos if len(self.eos) == 1 else torch.isin(self.tokens, self.eos)
+        self.output.append(drawn, ~self.done, ended)
+        self.positions = self.positions + 1
+        self.done = self.done | ended | (self.positions == self.limits)
+        for wave in self.waves:
+            wave.position += 1
+
+    def _leave(self) -> None:
+        """Take rows that have ended out of the batch, if they are many, or their wave is at the end of its steps."""
+        assert self.decoder is not None
+        over = [wave.position == self.steps for wave in self.waves]
+        size = batch_size(len(self.done) - int(self.done.sum()))
+        few = size > (1 - self.pace.compaction_share) * len(self.done) or size >= len(self.done)
+        if few and not over[0]:
+            return
+        sizes = [wave.size for wave in self.waves]
+        kept = survivors(self.done, sizes, over, size)
+        self.decoder.keep(*kept)
+        self.output.flush(self.alive, self.positions)
+        starts = torch.tensor([0, *sizes[:-1]]).cumsum(0).tolist()
+        left = torch.cat([rows + start for rows, start in zip(kept, starts, strict=True)])
+        self.alive, self.positions, self.tokens = self.alive[left], self.positions[left], self.tokens[left]
+        self.limits, self.done, self.temperature = self.limits[left], self.done[left], self.temperature.rows(left)
+        for wave, rows in zip(self.waves, kept, strict=True):
+            wave.size = len(rows)
+        self.waves = [wave for wave in self.waves if wave.size]
+
+
+def batch_size(rows: int) -> int:
+    """A size for so many rows; few different ones, since oneDNN makes a new kernel for each (docs/performance.md)."""
+    step = 8 if rows <= 64 else 32
+    return -(-rows // step) * step
+
+
+def survivors(done: Tensor, sizes: list[int], over: list[bool], size: int) -> list[Tensor]:
+    """Rows of each wave with all that have not ended; some that have fill them up to ``size`` altogether, if there are.
+
+    Args:
+        done: (A,) which rows have ended; sizes: of the waves, which follow each other.
+        over: waves at the end of their steps: none of their rows may stay.
+    """
+    parts = done.split(sizes)
+    counts = torch.stack([(~part).sum() for part in parts]).tolist()
+    spare = size - sum(counts)
+    kept = []
+    for part, count, end in zip(reversed(parts), reversed(counts), reversed(over), strict=True):
+        more = 0 if end or not count else min(spare, len(part) - count)
+        spare -= more
+        kept.append(_survivors(part, count + more))
+    return kept[::-1]
+
+
+def _survivors(done: Tensor, size: int) -> Tensor:
+    """``size`` rows with all that have not ended: the last ones take the places of those that have, the others stay."""
+    order = torch.arange(size, device=done.device)
+    movers = (~done[size:]).nonzero()[:, 0] + size
+    holes = done[:size].nonzero()[:, 0]
+    order[holes[: len(movers)]] = movers
+    return order
