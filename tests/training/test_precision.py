@@ -92,10 +92,11 @@ def test_a_critics_values_are_float32s(case):
 def test_adapters_are_added_in_float32_before_stage_one_rounds_them(tokenizer):
     policy, prompts = make_causal("llama", tokenizer, torch.float32), make_prompts(LENGTHS)
     adapted = add_adapter(policy, LoraSettings(rank=2))
+    generator = torch.Generator().manual_seed(6)
     with torch.no_grad():
         for name, parameter in adapted.model.named_parameters():
             if "lora_" in name:
-                parameter.normal_(std=0.1)
+                parameter.normal_(std=0.05, generator=generator)
     adapted.precision = "bfloat16"
     rollouts = sampled(adapted, prompts)
     again = StageTwo(adapted, GradientConfig()).log_probs(prompts, rollouts, None, 0)
