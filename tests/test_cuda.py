@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -28,8 +29,8 @@ def policies(random64: MarianPolicy) -> tuple[MarianPolicy, MarianPolicy]:
     return here, there
 
 
-def sampler(policy: MarianPolicy) -> EngineSampler:
-    return EngineSampler(policy, SamplingConfig(max_new_tokens=STEPS), seed=3)
+def sampler(policy: MarianPolicy, **config: Any) -> EngineSampler:
+    return EngineSampler(policy, SamplingConfig(max_new_tokens=STEPS, **config), seed=3)
 
 
 def rewarded(rollouts: Rollouts, plan: SamplingPlan) -> RewardedSamples:
@@ -45,8 +46,10 @@ def rewarded(rollouts: Rollouts, plan: SamplingPlan) -> RewardedSamples:
     )
 
 
-def test_the_draws_are_the_same(policies, prompts: Prompts, uneven_plan: SamplingPlan):
-    here, there = (sampler(policy).sample(prompts, uneven_plan, records=("entropy",)) for policy in policies)
+@pytest.mark.parametrize("config", [{}, {"max_cache_tokens": 16 * STEPS}, {"top_p": 0.9, "top_k": 50}])
+def test_the_draws_are_the_same(policies, prompts: Prompts, uneven_plan: SamplingPlan, config):
+    """All rows at once, waves side by side, a part of the vocabulary."""
+    here, there = (sampler(policy, **config).sample(prompts, uneven_plan, records=("entropy",)) for policy in policies)
     assert torch.equal(there.tokens.cpu(), here.tokens)
     assert torch.equal(there.mask.cpu(), here.mask)
     assert there.texts == here.texts

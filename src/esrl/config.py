@@ -170,7 +170,7 @@ class RLConfig(RunConfig):
     baseline: BaselineConfig = field(default_factory=BaselineConfig)
     """What rewards are compared with."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """Limits of stage one."""
+    """What stage one draws from, and its limits."""
     gradient: GradientConfig = field(default_factory=GradientConfig)
     """Memory of stage two."""
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -189,6 +189,12 @@ class RLConfig(RunConfig):
             raise ValueError(
                 f"method {self.method!r} needs objective.kind {kind!r}, but it is {self.objective.kind!r}. Leave "
                 f"objective.kind out; in Python, esrl.rl_config({self.method!r}, ...) sets what the method needs."
+            )
+        if self.sampling.truncation is not None and self.objective.score_temperature == "sampling":
+            raise ValueError(
+                'objective.score_temperature is "sampling", which scores over the whole vocabulary, but sampling.top_k,'
+                " top_p or min_p draw from a part of it. Leave them out, or score at temperature one: "
+                "importance_weights then correct for both, as far as tokens can be drawn."
             )
 
 

@@ -167,7 +167,7 @@ def cached_logits(policy: MarianPolicy, prompts: Prompts, index: torch.Tensor, i
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 2e-4)])
 def test_cached_steps_equal_the_parallel_forward(make_policy, prompts, dtype, tolerance):
-    """37 positions: the cache starts with room for 8 and doubles three times. Rows, then prompts, leave on the way."""
+    """37 positions: the cache starts with room for 8 and grows to 16, 24, 32, 48. Meanwhile rows and prompts leave."""
     policy = make_policy(dtype, layers=3)
     inputs = decoder_inputs(policy, len(PROMPT_INDEX), 37)
     keep_at = {

@@ -84,6 +84,7 @@ def test_draws_do_not_depend_on_the_batch(family, tokenizer):
         {"compaction_share": 0.0},
         {"compaction_share": 1.0},
         {"max_cache_tokens": 75},
+        {"max_cache_tokens": 400},  # 16 rows at a time: waves side by side
         {"max_prompt_tokens": 1},
     ):
         assert by_id(sampler(policy, **config).sample(prompts, plan()), prompts) == expected, config
@@ -95,11 +96,12 @@ def test_draws_do_not_depend_on_the_batch(family, tokenizer):
     assert found == expected
 
 
+@pytest.mark.parametrize("cut", [{}, {"top_k": 30, "top_p": 0.9}])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_conventional_way_draws_the_same(family, tokenizer, gradients):
+def test_the_conventional_way_draws_the_same(family, cut, tokenizer, gradients):
     """Hugging Face's own attention and cache with the graph kept: same tokens, log-probabilities and gradient."""
     policy, prompts = make_ending(family, tokenizer), make_prompts(LENGTHS)
-    engine = sampler(policy)
+    engine = sampler(policy, **cut)
     rollouts = engine.sample(prompts, plan())
     again, log_probs = sample_with_graph(policy, prompts, plan(), engine, 0)
     assert torch.equal(again.tokens, rollouts.tokens) and torch.equal(again.mask, rollouts.mask)

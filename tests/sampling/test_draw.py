@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LogitsProcessor, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from esrl.algorithm.log_probs import Projection
-from esrl.sampling.draw import Drawn, Temperature, draw_tokens, invert_cumulative
+from esrl.sampling.draw import Drawn, Temperature, Truncation, draw_tokens, invert_cumulative
 
 LAST = 1 - 2.0**-53  # the largest uniform number there is; in float32 it rounds to 1
 
@@ -183,3 +184,66 @@ def test_logits_that_are_no_numbers_are_reported_as_such(tau):
     assert 0 <= int(result.tokens[0]) < 4
     assert math.isnan(float(result.log_probs[0]))
     assert int(result.tokens[1]) == 3 and math.isfinite(float(result.log_probs[1]))
+
+
+CUTS = [
+    {"top_k": 1},
+    {"top_k": 7},
+    {"top_k": 5000},
+    {"top_p": 0.5},
+    {"top_p": 0.97},
+    {"top_p": 1.0},
+    {"min_p": 0.05},
+    {"min_p": 1.0},
+    {"top_k": 40, "top_p": 0.9, "min_p": 0.02},
+]
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("tau", [0.7, 1.0])
+@pytest.mark.parametrize("spread", [0.3, 3.0])
+def test_truncated_draws_are_those_of_hugging_faces_warpers(cut, tau, spread):
+    """The tokens that may be drawn, and their log-probabilities: 1,500 tokens, of which a flat distribution keeps more
+    than are looked at first."""
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(6, 1500, generator=generator, dtype=torch.float64) * spread
+    scores = logits / tau
+    for warper in warpers(**cut):
+        scores = warper(torch.zeros(6, 1, dtype=torch.int64), scores)
+    expected, plain = torch.log_softmax(scores, 1), torch.log_softmax(logits, 1)
+    project = Projection(torch.eye(1500, dtype=torch.float64), None)
+    temperature = Temperature.of(torch.full((6,), tau, dtype=torch.float64), Truncation(**cut))
+    for u in (0.0, 0.2, 0.5, 0.9, LAST):
+        uniforms = torch.full((6,), u, dtype=torch.float64)
+        drawn = draw_tokens(logits.clone(), project, temperature, uniforms, ("entropy",), 1 << 22)
+        chosen = drawn.tokens[:, None]
+        torch.testing.assert_close(drawn.sampling_log_probs, expected.gather(1, chosen)[:, 0], rtol=0, atol=1e-12)
+        torch.testing.assert_close(drawn.log_probs, plain.gather(1, chosen)[:, 0], rtol=0, atol=1e-12)
+        entropy = torch.special.entr(plain.exp()).sum(1)
+        torch.testing.assert_close(drawn.records["entropy"], entropy, rtol=0, atol=1e-10)
+        before = expected.exp().cumsum(1).gather(1, chosen)[:, 0]
+        share = expected.exp().gather(1, chosen)[:, 0]
+        assert bool((before >= u - 1e-12).all() and (before - share <= u + 1e-12).all())
+    kept = Truncation(**cut).cut(torch.exp(logits / tau)) > 0
+    assert torch.equal(kept, torch.isfinite(scores))
+
+
+def warpers(top_k: int | None = None, top_p: float | None = None, min_p: float | None = None) -> list[LogitsProcessor]:
+    found: list[LogitsProcessor] = []
+    if top_k is not None:
+        found.append(TopKLogitsWarper(top_k))
+    if top_p is not None:
+        found.append(TopPLogitsWarper(top_p))
+    if min_p is not None:
+        found.append(MinPLogitsWarper(min_p))
+    return found
+
+
+def test_a_greedy_row_beside_truncated_ones():
+    temperature = Temperature.of(torch.tensor([0.0, 1.0, 0.5], dtype=torch.float64), Truncation(top_k=2))
+    hidden = torch.tensor(LOGITS, dtype=torch.float64)
+    uniforms = torch.full((3,), LAST, dtype=torch.float64)
+    drawn = draw_tokens(hidden, projection(), temperature, uniforms, (), 4)
+    # of three equal ones all stay: the last one of them comes last
+    assert drawn.tokens.tolist() == [3, 1, 2]
+    assert drawn.sampling_log_probs.tolist() == pytest.approx([0.0, math.log(1 / 2), math.log(1 / 3)], abs=1e-12)

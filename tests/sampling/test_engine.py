@@ -94,6 +94,9 @@ def test_trained_model_ends_by_itself_and_repeats_itself(trained64, prompts, mak
         {"compaction_share": 1.0},
         {"max_cache_tokens": 1},  # a wave for each row
         {"max_cache_tokens": 5 * STEPS},
+        {"max_cache_tokens": 20 * STEPS},  # waves side by side
+        {"max_cache_tokens": 16 * STEPS, "compaction_share": 0.5},
+        {"max_cache_tokens": 12 * STEPS, "max_prompt_tokens": 45, "compaction_share": 0.0},
         {"max_cache_tokens": 10**9},
         {"max_prompt_tokens": 1},  # each prompt encoded alone
         {"max_prompt_tokens": 45},
@@ -107,6 +110,23 @@ def test_limits_change_nothing_in_float64(model, config, prompts, uneven_plan, r
     policy = request.getfixturevalue(model)
     expected = rows_by_name(sample(policy, prompts, uneven_plan), prompts.example_ids)
     assert_same(rows_by_name(sample(policy, prompts, uneven_plan, **config), prompts.example_ids), expected)
+
+
+@pytest.mark.parametrize(
+    "common", [{"max_length_ratio": 0.7}, {"top_k": 20, "min_p": 0.01}, {"top_p": 0.8, "max_length_ratio": 1.0}]
+)
+@pytest.mark.parametrize("few_looks", [False, True])
+def test_waves_side_by_side_change_nothing_in_float64(random64, prompts, make_plan, common, few_looks, monkeypatch):
+    """80 rows in 16 places; some prompts greedily, rows with limits of their own, and as on a GPU, where what has ended
+    is looked at every 8 steps."""
+    plan = make_plan([8] * 10, [1.0, 0.0, 0.6, 1.0, 1.3, 0.0, 0.7, 1.0, 0.9, 1.0])
+    expected = rows_by_name(sample(random64, prompts, plan, **common), prompts.example_ids)
+    assert len({len(row["tokens"]) for row in expected.values()}) > 5
+    if few_looks:
+        pace = EngineSampler._pace
+        monkeypatch.setattr(EngineSampler, "_pace", lambda self: replace(pace(self), check_steps=8))
+    found = sample(random64, prompts, plan, max_cache_tokens=16 * STEPS, **common)
+    assert_same(rows_by_name(found, prompts.example_ids), expected)
 
 
 def permuted(prompts: Prompts, plan: SamplingPlan, order: list[int]) -> tuple[Prompts, SamplingPlan]:
@@ -405,6 +425,10 @@ def test_diverged_weights_are_reported_with_the_example(make_policy, prompts, ma
         ({"max_length_ratio": 0.0}, "max_length_ratio is 0.0"),
         ({"max_length_ratio": float("nan")}, "max_length_ratio is nan"),
         ({"compaction_share": 1.1}, "compaction_share is 1.1"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 1.01}, "top_p is 1.01"),
+        ({"min_p": float("nan")}, "min_p is nan"),
     ],
 )
 def test_limits_are_checked(values, message):

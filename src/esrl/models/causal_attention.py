@@ -145,8 +145,8 @@ class RecordedKeys:
 class Attending:
     """What the attention function must know besides its arguments, and what it saw."""
 
-    prefix: SharedPrefix | None = None  # none while the prompts themselves are run
-    waves: CausalWaves | None = None  # stage one's
+    prefix: SharedPrefix | None = None  # stage two's
+    waves: CausalWaves | None = None  # stage one's; neither while the prompts themselves are run
     layers: int = 0  # layers that have attended
     windowed: bool = False  # whether any of them has a sliding window
 

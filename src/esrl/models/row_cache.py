@@ -49,7 +49,8 @@ class RowCache:
         capacity = self.keys[0].shape[2]
         if self.position < capacity:
             return
-        more = max(_FIRST_CAPACITY, capacity // 2)
+        # half of the power of two below: 8, 16, 24, 32, 48, 64, 96, 128, so that usual limits are met exactly
+        more = max(_FIRST_CAPACITY, 1 << (capacity.bit_length() - 2))
         for caches in (self.keys, self.values):
             for i, old in enumerate(caches):
                 new = old.new_empty(self.rows, old.shape[1], capacity + more, old.shape[3])
@@ -61,9 +62,6 @@ class RowCache:
 
         Only rows that change place are copied. The room of the others is given back when the cache next grows.
         """
-        if not len(rows):
-            self.rows = 0
-            return
         moved = (rows != torch.arange(len(rows), device=self.device)).nonzero()[:, 0]
         source, used = rows[moved], self.position
         for cache in (*self.keys, *self.values):
@@ -108,9 +106,9 @@ class Waves(Generic[AnyWave]):
     def keep(self, *rows: Tensor) -> None:
         """Go on with these rows of each wave, in this order; a wave without any is gone."""
         for wave, kept in zip(self.waves, rows, strict=True):
-            if not torch.equal(kept, torch.arange(wave.cache.rows, device=kept.device)):
+            if len(kept) and not torch.equal(kept, torch.arange(wave.cache.rows, device=kept.device)):
                 wave.keep(kept)
-        self.waves = [wave for wave in self.waves if wave.cache.rows]
+        self.waves = [wave for wave, kept in zip(self.waves, rows, strict=True) if len(kept)]
         self._count()
 
     def each(self, function: Callable[..., Tensor], *batches: Tensor) -> Tensor:

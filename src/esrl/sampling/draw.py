@@ -13,6 +13,9 @@ from esrl.algorithm.log_probs import exponential
 _BLOCK = 128
 """Tokens whose weights are summed before the search: a sum is vectorised, a cumulative sum over V is not."""
 
+_NUCLEUS = 512
+"""Tokens that are looked at first for the ones of ``top_p``."""
+
 
 class VocabularyProjection(Protocol):
     """Hidden states in, logits out."""
@@ -25,19 +28,41 @@ class VocabularyProjection(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Truncation:
+    """Which tokens may be drawn, of the distribution at the row's temperature; as Hugging Face's ``generate`` has it:
+    first ``top_k``, then ``top_p`` of what that has left, then ``min_p``. Tokens as probable as the last one stay, too.
+    """
+
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def cut(self, weights: Tensor) -> Tensor:
+        """(R, V) unnormalised probabilities; those of tokens that may not be drawn become 0."""
+        if self.top_k is not None and self.top_k < weights.shape[1]:
+            weights = _above(weights, weights.topk(self.top_k, 1).values[:, -1:])
+        if self.top_p is not None and self.top_p < 1:
+            weights = _above(weights, _nucleus(weights, self.top_p))
+        if self.min_p is not None:
+            weights = _above(weights, self.min_p * weights.amax(1, keepdim=True))
+        return weights
+
+
+@dataclass(frozen=True, slots=True)
 class Temperature:
-    """(R,) temperatures, and what holds for all of them: a draw need not ask the device."""
+    """(R,) temperatures, which tokens may be drawn at them, and what holds for all: a draw need not ask the device."""
 
     values: Tensor
     greedy: bool  # all are 0
     some_greedy: bool
     plain: bool  # all are 1
+    truncation: Truncation | None  # None: all tokens may be drawn
 
     @classmethod
-    def of(cls, values: Tensor) -> Temperature:
+    def of(cls, values: Tensor, truncation: Truncation | None = None) -> Temperature:
         """Look at (R,) temperatures; 0 takes the most probable token."""
         greedy = values == 0
-        return cls(values, bool(greedy.all()), bool(greedy.any()), bool((values == 1).all()))
+        return cls(values, bool(greedy.all()), bool(greedy.any()), bool((values == 1).all()), truncation)
 
     def rows(self, index: Tensor) -> Temperature:
         """Those of some rows."""
@@ -54,7 +79,7 @@ class Drawn:
 
     tokens: Tensor
     log_probs: Tensor  # at temperature 1
-    sampling_log_probs: Tensor  # at the row's temperature; 0 for a greedy row
+    sampling_log_probs: Tensor  # at the row's temperature, of what it may draw; 0 for a greedy row
     records: dict[str, Tensor]
 
 
@@ -92,7 +117,8 @@ def draw_tokens(
 def _draw_chunk(logits: Tensor, temperature: Temperature, uniforms: Tensor, records: tuple[str, ...]) -> Drawn:
     logits -= logits.amax(1, keepdim=True)
     weights = exponential(logits)
-    log_norm = None if temperature.plain else weights.sum(1).log()
+    # where nothing changes the weights, the draw has their sum anyway
+    log_norm = None if temperature.plain and temperature.truncation is None else weights.sum(1).log()
     if temperature.greedy:
         tokens = logits.argmax(1)
         sampling = torch.zeros_like(uniforms, dtype=logits.dtype)
@@ -102,6 +128,7 @@ def _draw_chunk(logits: Tensor, temperature: Temperature, uniforms: Tensor, reco
             tau = temperature.values.to(logits.dtype)
             tau = torch.where(tau == 0, 1.0, tau) if temperature.some_greedy else tau
             weights = exponential(torch.div(logits, tau[:, None], out=weights), out=weights)
+        weights = weights if temperature.truncation is None else temperature.truncation.cut(weights)
         tokens, log_total = invert_cumulative(weights, uniforms)
         log_norm = log_total if log_norm is None else log_norm
         if temperature.some_greedy:
@@ -138,6 +165,23 @@ def invert_cumulative(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor
         impossible = weights.gather(1, tokens[:, None])[:, 0] == 0
         tokens = torch.where(impossible, weights.argmax(1), tokens)
     return tokens, total.log()
+
+
+def _above(weights: Tensor, lowest: Tensor) -> Tensor:
+    return weights.masked_fill(weights < lowest, 0)
+
+
+def _nucleus(weights: Tensor, share: float) -> Tensor:
+    """(R, 1) the least of the largest weights that together have the share: (R, V) -> (R, 1)."""
+    vocabulary = weights.shape[1]
+    target = share * weights.sum(1, keepdim=True)
+    for width in (min(_NUCLEUS, vocabulary), vocabulary):  # to sort them all is rarely needed, and slow
+        largest = weights.topk(width, 1).values
+        up_to = largest.cumsum(1)
+        if width == vocabulary or bool((up_to[:, -1:] >= target).all()):
+            break
+    number = (up_to - largest < target).sum(1, keepdim=True)
+    return largest.gather(1, (number - 1).clamp_min_(0))
 
 
 def _block_sums(weights: Tensor) -> Tensor:

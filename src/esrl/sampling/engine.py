@@ -19,21 +19,27 @@ from esrl.errors import NumericsError
 from esrl.models.policy import FrozenDecoder, Policy, PromptState
 from esrl.models.precision import autocast
 from esrl.sampling.decoding import Decoding, Output, Pace, Rows, Work
-from esrl.sampling.draw import Temperature
+from esrl.sampling.draw import Temperature, Truncation
 from esrl.types import Prompts, Rollouts, SamplingPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingConfig:
-    """Limits of stage one; none of them changes what is drawn except the two on length."""
+    """What stage one draws from, and its limits; of these only the two on length change what is drawn."""
 
     max_new_tokens: int = 128
     """Longest sample in tokens, EOS included."""
     max_length_ratio: float | None = None
     """If set, a sample is also cut at ceil(ratio * source tokens) + 10."""
+    top_k: int | None = None
+    """If set, each token is drawn from the k most probable ones."""
+    top_p: float | None = None
+    """If set, from the fewest most probable ones that together have this probability, at the row's temperature."""
+    min_p: float | None = None
+    """If set, from those at least this times as probable as the most probable one."""
     max_cache_tokens: int | None = None
-    """Rows decoded at a time, times max_new_tokens; bounds the key/value cache whatever k_x is. Unset: 20,480 on CPUs,
-    524,288 on CUDA."""
+    """Rows decoded at a time, times max_new_tokens: bounds the key/value cache whatever k_x is, up to a factor for rows
+    that have ended and room to grow. Unset: 20,480 on CPUs, 524,288 on CUDA."""
     max_prompt_tokens: int = 16384
     """Source tokens encoded at a time, padding included."""
     compaction_share: float = 0.125
@@ -48,8 +54,21 @@ class SamplingConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
         if self.max_length_ratio is not None and not self.max_length_ratio > 0:
             raise ValueError(f"max_length_ratio is {self.max_length_ratio}; it must be above 0.")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k is {self.top_k}; it must be 1 or more, or be left out.")
+        for name in ("top_p", "min_p"):
+            share = getattr(self, name)
+            if share is not None and not 0 < share <= 1:
+                raise ValueError(f"{name} is {share}; it must lie in (0, 1], or be left out.")
         if not 0 <= self.compaction_share <= 1:
             raise ValueError(f"compaction_share is {self.compaction_share}; it must lie in [0, 1].")
+
+    @property
+    def truncation(self) -> Truncation | None:
+        """Which tokens may be drawn; None: all."""
+        if self.top_k is None and self.top_p is None and self.min_p is None:
+            return None
+        return Truncation(self.top_k, self.top_p, self.min_p)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +149,7 @@ class EngineSampler:
     def _decode(self, request: _Request, frozen: FrozenDecoder, state: PromptState, rows: Rows) -> Output:
         """Draw the rows of an encoded part."""
         device, limits = self.policy.device, self.limits(request.prompts, rows.prompt)
-        temperature = Temperature.of(request.plan.temperature[rows.prompt])
+        temperature = Temperature.of(request.plan.temperature[rows.prompt], self.config.truncation)
         uniforms = self._uniforms(request, rows, 0 if temperature.greedy else int(limits.max()))
         work = Work(
             state=state,

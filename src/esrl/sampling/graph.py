@@ -47,7 +47,7 @@ def sample_with_graph(
     ids = [prompts.example_ids[i] for i in owner.tolist()]
     uniforms = sample_uniforms(sampler.seed, epoch, ids, sample.tolist(), steps).to(device)
     temperature = plan.temperature[owner].to(device)
-    projection = policy.projection()
+    projection, truncation = policy.projection(), sampler.config.truncation
     if isinstance(policy, CausalPolicy):
         step = _causal_steps(policy, prompts, owner.to(device))
     else:
@@ -61,6 +61,9 @@ def sample_with_graph(
         logits = projection.logits(step(drawn))
         scaled = logits / temperature[:, None].to(logits.dtype)
         weights = torch.exp(scaled.detach() - scaled.detach().amax(1, keepdim=True))
+        if truncation is not None:
+            weights = truncation.cut(weights)
+            scaled = scaled.masked_fill(weights == 0, -torch.inf)
         drawn, _ = invert_cumulative(weights, uniforms[:, position])
         tokens = drawn[:, None]
         plain = torch.log_softmax(logits, 1).gather(1, tokens)[:, 0]
