@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.installed
 help:
 	@echo "make demo               set up, then run the built-in task: MLE, ESRL, a table, report.html"
 	@echo "make test               set up, then lint, format and type check, all tests"
-	@echo "make benchmark          set up, then time stage one against its peers"
+	@echo "make benchmark          set up, then measure speed and memory beside other tools (over an hour)"
 	@echo "make test-reliability   the kill tests in their long form: 100 random kills, and one at every file operation"
 	@echo "make clean              remove the virtual environment and caches"
 

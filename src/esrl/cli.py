@@ -26,7 +26,7 @@ esrl: reinforcement learning for sequence generation that spends its samples whe
   esrl merge ADAPTER OUTPUT        low-rank adapters and their base as one plain model folder
   esrl judge CONFIG.toml           answers judged by a language model behind an OpenAI-compatible endpoint, --json
   esrl report RUN [RUN ...]        one HTML file from one or several runs, or from a benchmark's results
-  esrl benchmark                   stage one against its peers on this machine
+  esrl benchmark                   speed and memory beside other tools, on this machine
 
 `esrl COMMAND --help` shows every setting. Settings come from the class defaults, then the TOML file, then flags:
   esrl rl configs/multi30k-de-en/rl.toml --optimizer.learning-rate 5e-5

@@ -32,6 +32,8 @@ _MAX_POINTS = 240
 _MAX_COLUMNS = 48  # of the heat map
 _MAX_ROWS = 32
 _LABEL_GAP = 9.5  # points between the labels of two lines
+_LABEL_DISTANCE = 6  # points between a line and its label
+_LETTER = 5.6  # points, of a bold one on average
 _STYLE = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # a "$" in a run's name is a dollar sign
@@ -282,7 +284,10 @@ def _inline(svg: str, title: str) -> Html:
 
 
 def _label_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Write labels right of the last points, moved apart where they would overlap."""
+    """Write labels right of the last points, moved apart where they would overlap; long ones get more room."""
+    longest = max(len(visible(label)) for _, _, label, _ in ends)
+    room = (longest * _LETTER + _LABEL_DISTANCE) / (axes.figure.get_figwidth() * 72)
+    axes.figure.subplots_adjust(right=min(axes.figure.subplotpars.right, 1 - room))
     height = axes.get_position().height * axes.figure.get_figheight() * 72  # points
     axes.autoscale_view()
     to_axes = axes.transData + axes.transAxes.inverted()
@@ -290,7 +295,7 @@ def _label_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> Non
     for (x, _, label, colour), y in zip(ends, _spread_out(wanted, _LABEL_GAP), strict=True):
         right = float(to_axes.transform((x, 1))[0])
         axes.annotate(
-            visible(label), (right, y / height), (6, 0), xycoords="axes fraction", textcoords="offset points",
+            visible(label), (right, y / height), (_LABEL_DISTANCE, 0), xycoords="axes fraction", textcoords="offset points",
             color=colour, va="center", weight="bold", annotation_clip=False,
         )  # fmt: skip
 
