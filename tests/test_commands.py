@@ -9,19 +9,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from esrl import commands
+from esrl.apply import EvaluateConfig, MergeConfig, evaluate, merge
 from esrl.data.readers import load_examples
 from esrl.errors import LockedError, StorageError
+from esrl.evaluation.decode import DecodingConfig
 from esrl.fingerprint import fingerprint
+from esrl.models.adapters import has_adapter
+from esrl.models.load import load_policy
+from esrl.training.checkpoint import unpack_tensors
 from esrl.training.lock import RunLock
 
 sys.path.insert(0, str(Path(__file__).parent / "training"))
-from run_helpers import every_file, make_assets, mle_config, rl_config, steps_of
+from run_helpers import bits, every_file, make_assets, mle_config, rl_config, saved_state, steps_of
 
 SHORT: dict[str, Any] = {
     "training": {"max_steps": 2, "num_epochs": False, "save_steps": 1},
     "development": {"data": False},
+}
+ADAPTERS: dict[str, Any] = {
+    "lora": {"rank": 2},
+    "optimizer": {"learning_rate": 0.02},
+    "training": {"max_steps": 3, "num_epochs": False, "eval_steps": 1, "save_steps": 1},
 }
 ENDLESS: dict[str, Any] = {
     "optimizer": {"lr_scheduler": "linear"},
@@ -206,5 +218,51 @@ def test_adapters_of_an_encoder_decoder_are_trained_and_taken_up_again(assets, t
     assert (tmp_path / "model" / "adapter_model.safetensors").is_file()
     assert commands.rl(rl_config(assets, tmp_path, SHORT, lora, longer(3))).steps == 3
     assert steps_of(tmp_path)[0]["kl_mean"] == pytest.approx(0, abs=1e-4)  # new adapters change nothing
-    with pytest.raises(ValueError, match="an encoder-decoder's likelihood is trained in all its weights"):
-        commands.mle(mle_config(assets, tmp_path / "mle", SHORT, {"model": {"path": str(tmp_path / "model")}}))
+
+
+def test_likelihood_trains_adapters_alone_and_resumes_to_the_bit(assets, tmp_path):
+    base, run = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(assets / "model", base)
+    model = {"model": {"path": str(base)}}
+    commands.mle(mle_config(assets, tmp_path / "whole", ADAPTERS, model))
+    commands.mle(mle_config(assets, run, ADAPTERS, model, {"training": {"max_steps": 1}}))
+    first = saved_state(run)
+    names = unpack_tensors(first["model.safetensors"]).keys()
+    assert names and all(".lora_" in name for name in names)
+    assert {name.partition(".")[2] for name in unpack_tensors(first["optimizer.safetensors"])} == names
+    commands.mle(mle_config(assets, run, ADAPTERS, model, {"resume": True}))
+    assert bits(run) == bits(tmp_path / "whole")
+    assert first["model.safetensors"] != saved_state(run)["model.safetensors"]
+    weights = load_file(base / "model.safetensors")
+    weights["model.encoder.layers.0.fc1.weight"][0, 0] += 1e-3
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"trained on top of weights of {base} .* those read from {base} now are oth"):
+        commands.mle(mle_config(assets, run, ADAPTERS, model, longer(4)))
+
+
+def test_adapters_learnt_by_likelihood_are_a_model_as_any(assets, tmp_path):
+    """Scored as in their run, merged into a plain folder, trained further; no second ones go on top."""
+    result = commands.mle(mle_config(assets, tmp_path / "run", ADAPTERS))
+    assert result.best_step > 0  # what is exported are not the adapters of the start, which change nothing
+    decoding = DecodingConfig(max_new_tokens=10)
+    source = assets / "dev.jsonl"
+    scored = evaluate(EvaluateConfig(model=str(result.model), source=source, metrics=("chrf",), decoding=decoding))
+    assert scored["chrf"]["score"] == pytest.approx(result.best_score)
+    plain = merge(MergeConfig(adapter=str(result.model), output=tmp_path / "merged"))
+    adapted, merged, start = (load_policy(folder) for folder in (result.model, plain, assets / "model"))
+    assert has_adapter(adapted) and not has_adapter(merged)
+    tokens = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        one, other, before = (
+            policy.model(input_ids=tokens, decoder_input_ids=tokens).logits for policy in (adapted, merged, start)
+        )
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+    assert float((one - before).abs().max()) > 0.1
+    further = {"model": {"path": str(result.model)}}
+    commands.mle(mle_config(assets, tmp_path / "further", SHORT, further))
+    commands.rl(rl_config(assets, tmp_path / "rl", SHORT, {"model": str(result.model)}))
+    for run in ("further", "rl"):
+        saved = unpack_tensors(saved_state(tmp_path / run)["model.safetensors"])
+        assert saved and all(".lora_" in name for name in saved)
+    with pytest.raises(ValueError, match="adapters already; merge them first"):
+        commands.mle(mle_config(assets, tmp_path / "twice", ADAPTERS, further))

@@ -17,7 +17,7 @@ from esrl.data.examples import Example, LengthReport, limit_lengths
 from esrl.data.preferences import ScoreEncoder, score_encoder
 from esrl.evaluation.development import Development
 from esrl.models import adapters
-from esrl.models.adapters import LoraSettings, add_adapter, has_adapter
+from esrl.models.adapters import LoraSettings, add_adapter
 from esrl.models.causal import CAUSAL_PRESETS, CausalPolicy, new_causal
 from esrl.models.load import load_policy
 from esrl.models.quantized import load_quantized
@@ -48,17 +48,11 @@ def starting_policy(config: MLEConfig, start: Path | None, training: Sequence[Ex
         training: what a new model's tokenizer is trained on.
 
     Raises:
-        ValueError: adapters where they cannot be trained.
+        ValueError: new adapters over a new model, or over ones that are there.
     """
     model = config.model
     if model.path is not None:
-        policy = base_policy(model.path, config.lora)
-        if isinstance(policy, MarianPolicy) and (config.lora is not None or has_adapter(policy)):
-            raise ValueError(
-                f"{model.path}: an encoder-decoder's likelihood is trained in all its weights; leave lora out, and "
-                "merge adapters first (esrl merge)."
-            )
-        return with_adapters(policy, config.lora, config.seed)
+        return with_adapters(base_policy(model.path, config.lora), config.lora, config.seed)
     if config.lora is not None:
         raise ValueError("lora needs a trained model under the adapters; set model.path, or leave lora out.")
     if start is not None:

@@ -147,7 +147,7 @@ class MLEConfig(RunConfig):
     sft: SFTConfig = field(default_factory=SFTConfig)
     """The batches of a causal model."""
     lora: LoraSettings | None = None
-    """Train low-rank adapters of a causal model folder alone; unset: all weights."""
+    """Train low-rank adapters of a model folder alone; unset: all weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

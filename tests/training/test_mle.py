@@ -16,12 +16,13 @@ from torch.nn import functional
 
 from esrl import commands
 from esrl.algorithm.log_probs import Projection
-from esrl.data.batching import token_batches
+from esrl.data.batching import pad, token_batches
 from esrl.data.examples import Example
 from esrl.data.readers import DataConfig, load_examples
 from esrl.errors import OutOfMemoryError
 from esrl.evaluation.decode import DecodingConfig
 from esrl.evaluation.development import Development
+from esrl.models.adapters import LoraSettings, add_adapter
 from esrl.models.seq2seq import load_policy
 from esrl.training.mle import LikelihoodConfig, MLETask, smoothed_loss
 
@@ -31,8 +32,16 @@ def examples(assets: Path) -> Sequence[Example]:
     return load_examples(DataConfig(path=str(assets / "train.jsonl"))).examples
 
 
-def make_task(assets: Path, examples: Sequence[Example], dtype: torch.dtype = torch.float64, **config: Any) -> MLETask:
+def make_task(
+    assets: Path,
+    examples: Sequence[Example],
+    dtype: torch.dtype = torch.float64,
+    lora: LoraSettings | None = None,
+    **config: Any,
+) -> MLETask:
     policy = load_policy(assets / "model", dtype=dtype)
+    if lora is not None:
+        policy = add_adapter(policy, lora)
     return MLETask(policy, examples, LikelihoodConfig(**config), Development((), (), DecodingConfig()), seed=1)
 
 
@@ -86,6 +95,35 @@ def test_micro_batches_do_not_change_the_gradient(assets, examples, dtype, toler
         assert loss == pytest.approx(found[0][0], rel=1e-6) and denominator == found[0][1]
         for name, value in found[0][2].items():
             assert torch.allclose(gradient[name], value, rtol=1e-5, atol=tolerance), name
+
+
+@pytest.mark.parametrize("whole", [(), ("lm_head",)])
+def test_adapters_get_the_gradient_of_pefts_own_forward(assets, examples, whole):
+    """By cross_entropy over whole logits; the weights under the adapters get none."""
+    torch.manual_seed(3)
+    lora = LoraSettings(rank=2, alpha=4.0, modules_to_save=whole)
+    task = make_task(assets, examples, lora=lora, dropout=0.0, batch_tokens=10**6, micro_batch_tokens=120)
+    trained = {name: value for name, value in task.model.named_parameters() if value.requires_grad}
+    assert all(".lora_" in name or "lm_head" in name for name in trained)
+    for name, value in trained.items():
+        if "lora_B" in name:  # 0 at first, and lora_A would get no gradient
+            torch.nn.init.normal_(value, std=0.3)
+    update = task.compute(0, 0)
+    found = gradients(task)
+    assert found.keys() == trained.keys() and all(float(value.abs().max()) > 0 for value in found.values())
+    task.model.zero_grad(set_to_none=True)
+    source, source_mask = pad(task.sources, task.policy.pad_token)
+    target, target_mask = pad(task.targets, task.policy.pad_token)
+    inputs = torch.cat([torch.full_like(target[:, :1], task.policy.start_token), target[:, :-1]], 1)
+    logits = task.model(input_ids=source, attention_mask=source_mask, decoder_input_ids=inputs).logits
+    smoothing = task.config.label_smoothing
+    loss = functional.cross_entropy(
+        logits[target_mask], target[target_mask], reduction="sum", label_smoothing=smoothing
+    )
+    loss.backward()
+    assert update.loss == pytest.approx(float(loss.detach()), rel=1e-12) and smoothing > 0
+    for name, expected in gradients(task).items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-9, atol=1e-9, msg=name)
 
 
 def test_dropout_is_on_where_it_is_asked_for(assets, examples):

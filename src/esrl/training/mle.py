@@ -142,15 +142,15 @@ class MLETask:
         return loss, num_tokens
 
     def _backward(self, indices: Sequence[int]) -> tuple[float, int]:
-        device = self.policy.device
+        device, plain = self.policy.device, self.policy.plain
         source, source_mask = pad([self.sources[i] for i in indices], self.policy.pad_token)
         target, target_mask = pad([self.targets[i] for i in indices], self.policy.pad_token)
         start = torch.full_like(target[:, :1], self.policy.start_token)
-        weight, bias = self.model.lm_head.weight, self.model.final_logits_bias[0]
+        weight, bias = plain.lm_head.weight, plain.final_logits_bias[0]
         # nothing is suppressed here: a reference may hold any token
         projection = Projection(weight, bias.to(weight.dtype))
         with autocast(device, self.policy.precision):
-            output = self.model.model(
+            output = plain.model(
                 input_ids=source.to(device),
                 attention_mask=source_mask.to(device),
                 decoder_input_ids=torch.cat([start, target[:, :-1]], 1).to(device),
