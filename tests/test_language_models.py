@@ -324,31 +324,6 @@ def test_a_resumed_run_needs_the_reference_and_the_reward_model_it_began_with(da
     assert commands.rl(config({"resume": True, "accept_changes": [key]})).steps == 2
 
 
-def test_a_checkpoint_with_all_weights_is_taken_up(data, tmp_path, tuned):
-    """As earlier versions wrote them."""
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    commands.rl(adapters_config(data, whole, tuned / "model"))
-    short = adapters_config(data, run, tuned / "model", {"training": {"max_steps": 1}})
-    commands.rl(short)
-    store = CheckpointStore(run / "checkpoints")
-    checkpoint = store.latest()
-    assert checkpoint is not None
-    with commands.make_rl_task(short) as task:
-        everything = {name: value.detach() for name, value in task.model.named_parameters()}
-    state: Any = unpack_json(checkpoint.files["state.json"])
-    del state["frozen"]
-    files = checkpoint.files | {"state.json": pack_json(state)}
-    for shift in (1e-3, 0.0):
-        name = next(name for name in everything if "lora_" not in name)
-        other = everything | {name: everything[name] + shift} | unpack_tensors(checkpoint.files["model.safetensors"])
-        store.save(1, files | {"model.safetensors": pack_tensors(other)})
-        if shift:
-            with pytest.raises(ValueError, match="trained on top of weights"):
-                commands.rl(adapters_config(data, run, tuned / "model", {"resume": True}))
-    commands.rl(adapters_config(data, run, tuned / "model", {"resume": True}))
-    assert bits(run) == bits(whole)
-
-
 def test_fine_tuning_with_adapters(data, tmp_path, tuned):
     changes = {"model": {"path": str(tuned / "model")}, "lora": {"rank": 2}, "training": {"max_steps": 1}}
     result = commands.mle(mle_config(data, tmp_path / "run", changes))

@@ -231,3 +231,15 @@ def test_wrong_adapters_are_refused(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="adapters already"):
         add_adapter(twice, LoraSettings())
     assert isinstance(twice, CausalPolicy)
+
+
+def test_weights_that_others_share_are_not_trained_apart(tokenizer, make_policy):
+    """PEFT would train a copy, which a model with tied embeddings could not be saved with."""
+    for policy, name in (
+        (make_causal("qwen3", tokenizer), "lm_head"),
+        (make_causal("qwen3", tokenizer), "embed_tokens"),
+        (make_policy(), "shared"),
+        (make_policy(), "lm_head"),
+    ):
+        with pytest.raises(ValueError, match=rf"modules_to_save names .*{name}, whose weight .* uses, too"):
+            add_adapter(policy, LoraSettings(modules_to_save=(name,)))

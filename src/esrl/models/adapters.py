@@ -41,8 +41,8 @@ class LoraSettings:
             raise ValueError(f"lora alpha is {self.alpha}; it must be above 0.")
         if "lm_head" in self.target_modules:
             raise ValueError(
-                "lora target_modules names lm_head, whose gradient is added up directly; name it in modules_to_save "
-                "instead, which trains it whole."
+                "lora target_modules names lm_head, whose gradient is added up directly; leave it out, or name it in "
+                "modules_to_save, which trains it whole (where it shares no weight with the embedding)."
             )
 
 
@@ -74,6 +74,7 @@ def adapted(
         # of modules_to_save PEFT would take no notice
         if not any(module == name or module.endswith(f".{name}") for module in known):
             raise ValueError(f"lora names {name!r}, and this {model.config.model_type} model has no such module.")
+    _refuse_shared_weights(model, modules_to_save)
     config = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -83,6 +84,23 @@ def adapted(
         task_type=task_type,
     )
     return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+def _refuse_shared_weights(model: Any, names: Sequence[str]) -> None:
+    """PEFT would train a copy of a weight that other modules go on using as it was."""
+    whole = {path for path, _ in model.named_modules() if any(f".{path}".endswith(f".{name}") for name in names)}
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(path)
+    for paths in owners.values():
+        inside = [path for path in paths if any(f"{path}.".startswith(f"{root}.") for root in whole)]
+        if inside and len(paths) > 1:
+            others = ", ".join(path for path in paths if path != inside[0])
+            raise ValueError(
+                f"lora modules_to_save names {inside[0]}, whose weight {others} uses, too (tied embeddings): "
+                "trained apart they would be no model that can be saved. Leave it out."
+            )
 
 
 def has_adapter(policy: MarianPolicy | CausalPolicy) -> bool:

@@ -83,7 +83,7 @@ def check_supported(plain: Any) -> None:
     if hasattr(plain.lm_head, "lora_A"):
         raise ValueError(
             "LoRA on lm_head is not supported, since the vocabulary projection's gradient is added up directly; "
-            'leave it out of target_modules, or train it whole: modules_to_save = ["lm_head"].'
+            'leave it out of target_modules, or train it whole, where it is not tied: modules_to_save = ["lm_head"].'
         )
     if not plain._can_set_attn_implementation():
         raise _refused(config, "its attention does not go through Hugging Face's attention interface")

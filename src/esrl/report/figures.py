@@ -295,8 +295,8 @@ def _label_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> Non
     for (x, _, label, colour), y in zip(ends, _spread_out(wanted, _LABEL_GAP), strict=True):
         right = float(to_axes.transform((x, 1))[0])
         axes.annotate(
-            visible(label), (right, y / height), (_LABEL_DISTANCE, 0), xycoords="axes fraction", textcoords="offset points",
-            color=colour, va="center", weight="bold", annotation_clip=False,
+            visible(label), (right, y / height), (_LABEL_DISTANCE, 0), xycoords="axes fraction",
+            textcoords="offset points", color=colour, va="center", weight="bold", annotation_clip=False,
         )  # fmt: skip
 
 

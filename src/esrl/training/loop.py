@@ -205,7 +205,7 @@ class Loop:
     @functools.cached_property
     def _frozen(self) -> str | None:
         """Of the weights that are not trained; not asked for where a run is refused or complete before."""
-        return frozen_digest(dict(self.task.model.named_parameters()), self.optimizer.names)
+        return frozen_digest(self.task.model, self.optimizer.names)
 
     def _bad_parameter(self) -> str | None:
         parameters = self.task.model.named_parameters()

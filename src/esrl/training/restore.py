@@ -27,19 +27,24 @@ def check_fingerprint(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
             )
 
 
-def frozen_digest(parameters: Mapping[str, Tensor], trained: Collection[str]) -> str | None:
-    """sha256 of the weights that are not trained, which checkpoints do not hold; None where all are.
+def frozen_digest(model: nn.Module, trained: Collection[str]) -> str | None:
+    """sha256 of the weights that are not trained, which checkpoints do not hold, and of what belongs to them (an output
+    bias that is a buffer, a quantized weight's scales); None where all are trained.
 
     Args:
-        parameters: all of a model's, by name.
-        trained: names of those that are trained.
+        trained: names of the parameters that are.
     """
-    weights = {name: value for name, value in parameters.items() if name not in trained}
+    weights = {name: value.detach() for name, value in model.named_parameters() if name not in trained}
+    if not weights:
+        return None
+    others = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    stored = {name: value for name, value in model.state_dict().items() if name not in others}
+    weights |= {name: value for name, value in stored.items() if isinstance(value, Tensor)}
     digest = hashlib.sha256()
     for name, value in sorted(weights.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest() if weights else None
+        digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def restore_parameters(
@@ -50,17 +55,15 @@ def restore_parameters(
     Args:
         trained: the parameters that the run trains.
         frozen: ``frozen_digest`` of the others.
-        state: the checkpoint's ``state.json``; without a digest it is an earlier version's, which saved all weights.
+        state: the checkpoint's ``state.json``.
 
     Raises:
         ValueError: the checkpoint is another architecture's, or was trained over other frozen weights.
     """
-    is_whole = "frozen" not in state
     saved = unpack_tensors(checkpoint.files["model.safetensors"])
-    expected = dict(model.named_parameters()) if is_whole else trained
-    if {name: value.shape for name, value in saved.items()} != {n: p.shape for n, p in expected.items()}:
+    if {name: value.shape for name, value in saved.items()} != {n: p.shape for n, p in trained.items()}:
         raise ValueError(f"{checkpoint.path} was saved from another architecture; start anew with --overwrite.")
-    before = frozen_digest(saved, trained) if is_whole else state["frozen"]
+    before = state["frozen"]
     if before != frozen:
         held = state["fingerprint"]
         model_then = held.get("model") or held.get("model.path") or "a new model"

@@ -96,8 +96,7 @@ class RLTask:
         self.identity = reward.identity()
         if reference is None and method.objective.kl_coefficient > 0:
             reference = frozen_reference(policy, gradient)
-            weights = frozen_digest(dict(policy.model.named_parameters()), ())
-            self.identity["reference.weights"] = str(weights)
+            self.identity["reference.weights"] = str(frozen_digest(policy.model, ()))
         limit = sampling.max_new_tokens
         self.learner = Learner(self.method, step, self.stage_two, reference, limit, seed, self.processes)
         self.memory = CapabilityMemory()
