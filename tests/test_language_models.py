@@ -27,7 +27,7 @@ from esrl.models.adapters import has_adapter
 from esrl.models.causal import CausalPolicy
 from esrl.models.load import load_policy
 from esrl.settings import build, merge
-from esrl.training.checkpoint import CheckpointStore, pack_json, pack_tensors, unpack_json, unpack_tensors
+from esrl.training.checkpoint import unpack_tensors
 
 sys.path.insert(0, str(Path(__file__).parent / "training"))
 from run_helpers import bits, evaluations_of, json_lines, saved_state, steps_of, write_config
