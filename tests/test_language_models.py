@@ -250,8 +250,8 @@ def test_verifiable_rewards_take_their_settings(data, tmp_path, tuned):
 
 
 def test_word_problems_by_the_number_an_answer_ends_in(tmp_path):
-    """Files with GSM8K's columns through `esrl mle` and `esrl rl`, as configs/gsm8k has them. Half of the answers are 3,
-    half are 7, so that a model which has learnt no more than that is right now and then."""
+    """Files with GSM8K's columns through `esrl mle` and `esrl rl`, as configs/gsm8k has them. Half of the answers are 3
+    and half are 7, so that a model which has learnt no more than that is right now and then."""
     rows = [{"question": f"Add {i} and {i}.", "answer": f"#### {(3, 7)[i % 2]}"} for i in range(NUM_TRAIN)]
     for part, some in (("train", rows), ("dev", rows[:NUM_DEV])):
         (tmp_path / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))

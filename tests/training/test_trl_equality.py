@@ -152,8 +152,8 @@ def gradient_of(model: Any, loss: Tensor) -> dict[str, Tensor]:
 
 
 def compare(trainer: Any, rolled: Rolled, samples: RewardedSamples, config: ObjectiveConfig) -> None:
-    """TRL's loss and gradient by its own ``_compute_loss``; ours by ``objective_loss`` over a plain forward, and by stage
-    two in micro-batches."""
+    """TRL's loss and gradient by its own ``_compute_loss``; ours by ``objective_loss`` over a plain forward, and by
+    stage two in micro-batches."""
     trainer.current_gradient_accumulation_steps = 1
     theirs = trainer._compute_loss(trainer.model, rolled.inputs)
     their_gradient = gradient_of(trainer.model, theirs)
