@@ -276,12 +276,9 @@ def test_word_problems_by_the_number_an_answer_ends_in(tmp_path):
     assert [0 <= row["dev_gsm8k"] <= 100 for row in evaluations_of(tmp_path / "rl")] == [True] * 3
     lines, answer_of = json_lines(tmp_path / "rl" / "samples.jsonl"), {row["question"]: row["answer"] for row in rows}
     assert len(lines) == 12 and all(line["reference"] == answer_of[line["prompt"]] for line in lines)
-    samples = [(sample, line["reference"]) for line in lines for sample in line["samples"]]
-    whole = [(sample["reward"], sample["text"] == right) for sample, right in samples if sample["text"][:-1] == "#### "]
-    assert all(reward == float(is_right) for reward, is_right in whole) and {right for _, right in whole} == {
-        True,
-        False,
-    }
+    told = [(sample, line["reference"]) for line in lines for sample in line["samples"]]
+    whole = [(each["text"] == right, each["reward"]) for each, right in told if each["text"][:-1] == "#### "]
+    assert set(whole) == {(True, 1.0), (False, 0.0)}
 
 
 def test_adapters_alone_are_trained_and_merge_into_a_plain_folder(data, tmp_path, tuned):
