@@ -137,13 +137,17 @@ def _learn(policy: MarianPolicy, examples: list[Example], steps: int) -> None:
 
 
 @pytest.fixture(scope="session")
-def toy_policy(make_policy: MakePolicy) -> MarianPolicy:
-    """Seven tokens: PAD, which is never said, EOS, and five that go on."""
+def toy_vocabulary() -> Any:
+    """Seven tokens: PAD, which is never said, EOS, and five others."""
     words = ["<pad>", "</s>", "<unk>", "a", "b", "c", "d"]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    vocabulary = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    return make_policy(torch.float64, peaked=False, eos_bias=0.5, vocabulary=vocabulary)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.fixture(scope="session")
+def toy_policy(make_policy: MakePolicy, toy_vocabulary: Any) -> MarianPolicy:
+    return make_policy(torch.float64, peaked=False, eos_bias=0.5, vocabulary=toy_vocabulary)
 
 
 @pytest.fixture(scope="session")

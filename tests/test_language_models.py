@@ -249,6 +249,38 @@ def test_verifiable_rewards_take_their_settings(data, tmp_path, tuned):
     assert "space:collapsed" in metrics[0].signature
 
 
+def test_word_problems_by_the_number_an_answer_ends_in(tmp_path):
+    """Files with GSM8K's columns through `esrl mle` and `esrl rl`, as configs/gsm8k has them. Half of the answers are 3
+    and half are 7, so that a model which has learnt no more than that is right now and then."""
+    rows = [{"question": f"Add {i} and {i}.", "answer": f"#### {(3, 7)[i % 2]}"} for i in range(NUM_TRAIN)]
+    for part, some in (("train", rows), ("dev", rows[:NUM_DEV])):
+        (tmp_path / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    formats = {"data": {"format": "gsm8k"}, "development": {"data": {"format": "gsm8k"}}}
+    answers = {"prompts": {"max_target_tokens": 12}, "optimizer": {"learning_rate": 3e-3}}
+    steps = {"training": {"max_steps": 20, "save_steps": 20, "eval_steps": 20}}
+    commands.mle(mle_config(tmp_path, tmp_path / "sft", formats, answers, steps))
+    changes = {
+        "model": str(tmp_path / "sft" / "model"),
+        "method": "grpo",
+        "development": {"metrics": ["gsm8k"], "decoding": {"max_new_tokens": 12}},
+        "step": {"batch_size": 6, "logged_prompts": NUM_TRAIN},
+        "allocation": {"max_samples": 4},
+        "sampling": {"max_new_tokens": 12},
+        "reward": {"names": ["gsm8k"]},
+        "training": {"metric_for_best_model": "dev_gsm8k"},
+    }
+    values = merge(merge(shared(tmp_path, tmp_path / "rl"), formats), changes)
+    assert main(["rl", str(write_config(tmp_path / "rl.toml", values))]) == 0
+    found = steps_of(tmp_path / "rl")
+    assert len(found) == 2 and all(0 < row["reward_mean"] < 1 and row["grad_norm"] > 0 for row in found)
+    assert [0 <= row["dev_gsm8k"] <= 100 for row in evaluations_of(tmp_path / "rl")] == [True] * 3
+    lines, answer_of = json_lines(tmp_path / "rl" / "samples.jsonl"), {row["question"]: row["answer"] for row in rows}
+    assert len(lines) == 12 and all(line["reference"] == answer_of[line["prompt"]] for line in lines)
+    told = [(sample, line["reference"]) for line in lines for sample in line["samples"]]
+    whole = [(each["text"] == right, each["reward"]) for each, right in told if each["text"][:-1] == "#### "]
+    assert set(whole) == {(True, 1.0), (False, 0.0)}
+
+
 def test_adapters_alone_are_trained_and_merge_into_a_plain_folder(data, tmp_path, tuned):
     """Their reference is the model without them: at the first step they change nothing, so the KL is 0."""
     lora = {"method": "rloo", "lora": {"rank": 2}, "optimizer": {"learning_rate": 0.1}, "reward": {"names": ["chrf"]}}
@@ -288,6 +320,34 @@ def test_checkpoints_hold_what_is_trained_alone_and_resume_to_the_bit(data, tmp_
     # rank 2 on widths of 256 and 768, times three with AdamW's two moments, against 3.2 million weights
     checkpoint = sum(len(value) for value in first.values() if isinstance(value, bytes))
     assert checkpoint < 0.1 * (tuned / "model" / "model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize(("method", "precision", "updates"), [("rloo", "float32", 1), ("ppo", "bfloat16", 2)])
+def test_all_weights_by_a_reward_model_resume_to_the_bit(data, tmp_path, tuned, judged, method, precision, updates):
+    """The reference is a second copy of the start; the prompts come again, and answers that do keep their scores. PPO
+    has a critic, and is interrupted between two updates from the same samples."""
+    changes = {
+        "method": method,
+        "precision": precision,
+        "reward": {"names": ["model"], "model": {"path": str(judged / "model"), "dtype": precision}},
+        "data": {"path": str(data / "dev.jsonl")},  # six prompts, a batch
+        "step": {"updates_per_batch": updates},
+        "allocation": {"max_samples": 8, "fixed_temperature": 0.5},
+        "optimizer": {"learning_rate": 1e-4},
+        "training": {"max_steps": 2 * updates},
+    }
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    commands.rl(rl_config(data, whole, tuned / "model", changes))
+    commands.rl(rl_config(data, run, tuned / "model", changes, {"training": {"max_steps": 1}}))
+    first = saved_state(run)
+    commands.rl(rl_config(data, run, tuned / "model", changes, {"resume": True}))
+    assert bits(run) == bits(whole)
+    rows, last = steps_of(run), saved_state(run)
+    assert len(rows) == 2 * updates and rows[updates]["model_cached_share"] > 0.1 and rows[updates]["kl_mean"] != 0
+    assert (first["state.json"]["task"]["experience"] is not None) == (updates > 1)
+    before, after = (unpack_tensors(each["model.safetensors"]) for each in (first, last))
+    trained = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert trained == after.keys() and ("critic.weight" in trained) == (method == "ppo")
 
 
 def test_a_resumed_run_needs_the_weights_under_its_adapters(data, tmp_path, tuned):

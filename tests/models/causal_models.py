@@ -88,6 +88,13 @@ def make_causal(family: str | Any, tokenizer: Any, dtype: torch.dtype = torch.fl
     return CausalPolicy(make_model(family, dtype, seed), tokenizer)
 
 
+def make_ending(family: str, tokenizer: Any, dtype: torch.dtype = torch.float64) -> CausalPolicy:
+    """A model with nineteen end tokens, so that lengths are ragged."""
+    model = make_model(family, dtype)
+    model.generation_config.eos_token_id = [1, *range(100, 118)]
+    return CausalPolicy(model, tokenizer)
+
+
 def make_prompts(lengths: list[int], seed: int = 3, prefix: str = "p") -> Prompts:
     """Random tokens, padded behind."""
     width = max(lengths)

@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from causal_models import FAMILIES, LENGTHS, POSITIONS, make_causal, make_model, make_prompts, plain_logits
+from causal_models import (
+    FAMILIES,
+    LENGTHS,
+    POSITIONS,
+    configs,
+    make_causal,
+    make_ending,
+    make_model,
+    make_prompts,
+    plain_logits,
+)
+from enumeration import LONGEST, assert_follow, enumerate_sequences, said
 
 from esrl.models.causal import CausalPolicy
+from esrl.models.causal_attention import CausalRows, CausalWaves
 from esrl.sampling.engine import EngineSampler, SamplingConfig
 from esrl.sampling.generate import generate_texts, generate_tokens, left_padded
 from esrl.sampling.graph import sample_with_graph
@@ -21,13 +33,6 @@ def plan() -> SamplingPlan:
 
 def sampler(policy: CausalPolicy, **config: object) -> EngineSampler:
     return EngineSampler(policy, SamplingConfig(**{"max_new_tokens": 25, **config}), 11)
-
-
-def make_ending(family: str, tokenizer: object, dtype: torch.dtype = torch.float64) -> CausalPolicy:
-    """A model with nineteen end tokens, so that lengths are ragged."""
-    model = make_model(family, dtype)
-    model.generation_config.eos_token_id = [1, *range(100, 118)]
-    return CausalPolicy(model, tokenizer)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -149,3 +154,60 @@ def test_nothing_to_sample(tokenizer):
     nothing = SamplingPlan(num_samples=torch.tensor([0, 0]), temperature=torch.ones(2, dtype=torch.float64))
     assert sampler(policy).sample(prompts, nothing).num_rows == 0
     assert sample_with_graph(policy, prompts, nothing, sampler(policy), 0)[0].num_rows == 0
+
+
+def test_length_ratio_by_hand(tokenizer):
+    """A model that never ends is cut at ceil(1.5 * prompt tokens) + 10, at the overall limit, or where its positions
+    end: all three occur."""
+    model = make_model("phi")
+    with torch.no_grad():
+        model.lm_head.bias[1] = -1000
+    policy, prompts = CausalPolicy(model, tokenizer), make_prompts([7, 1, 4, 12, 40, 2])
+    two = SamplingPlan(num_samples=torch.full((6,), 2), temperature=torch.ones(6, dtype=torch.float64))
+    rollouts = sampler(policy, max_length_ratio=1.5).sample(prompts, two)
+    expected = [21, 12, 16, 25, POSITIONS - 40, 13]
+    assert rollouts.lengths.tolist() == [length for length in expected for _ in range(2)]
+    assert not bool(rollouts.finished.any())
+    full = sampler(policy).sample(prompts, two)  # the cut changes nothing before it
+    assert torch.equal(full.tokens * rollouts.mask, rollouts.tokens)
+
+
+@pytest.mark.parametrize("rows", [10**6, 500])
+@pytest.mark.parametrize(("family", "spread"), [("llama", 1.5), ("gpt2", 0.6), ("gemma3", 0.5)])
+def test_drawn_frequencies_follow_the_enumerated_distribution(family, spread, rows, toy_vocabulary, monkeypatch):
+    """Two prompts at two temperatures, 20,000 draws each, chi-square; all together, and 500 at a time, where most begin
+    beside others that are further on. 66 sequences of at most 3 tokens: 3 ends, 3 x 3 ends, 9 x (3 ends or 3 others).
+    """
+    config = configs()[family]
+    config.vocab_size = 7
+    model = make_model(config)
+    model.generation_config.eos_token_id = [1, 2, 3]
+    with torch.no_grad():
+        model.lm_head.weight *= spread  # no sequence is too rare to be seen
+    policy = CausalPolicy(model, toy_vocabulary)
+    mask = torch.tensor([[True] * 4, [True] + [False] * 3])
+    prompts = Prompts(example_ids=("long", "short"), input_ids=torch.tensor([[3, 5, 4, 6], [5, 0, 0, 0]]), mask=mask)
+    heat = [0.7, 1.1]
+    plan = SamplingPlan(num_samples=torch.tensor([20_000] * 2), temperature=torch.tensor(heat, dtype=torch.float64))
+    beside = []
+    add = CausalWaves.add
+
+    def watched(waves: CausalWaves, wave: CausalRows) -> None:
+        beside.append(sum(other.cache.position > 0 for other in waves.waves))
+        add(waves, wave)
+
+    monkeypatch.setattr(CausalWaves, "add", watched)
+    rollouts = sampler(policy, max_new_tokens=LONGEST, max_cache_tokens=rows * LONGEST).sample(prompts, plan)
+    if rows == 500:
+        assert sum(count > 0 for count in beside) > len(beside) / 2 > 40
+    else:
+        assert beside == [0]
+    for prompt, tau in enumerate(heat):
+        tokens = prompts.input_ids[prompt][mask[prompt]].tolist()
+
+        def logits_after(prefix: tuple[int, ...], tokens: list[int] = tokens) -> torch.Tensor:
+            return model(input_ids=torch.tensor([[*tokens, *prefix]]), use_cache=False).logits[0, -1]
+
+        right, wrong = (enumerate_sequences(logits_after, 0, (1, 2, 3), each) for each in (tau, tau * 1.3))
+        assert len(right) == 66
+        assert_follow(said(rollouts, prompt), right, wrong)

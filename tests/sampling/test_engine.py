@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from enumeration import LONGEST, assert_follow, enumerate_sequences, said
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import chi2
 
 from esrl.algorithm.streams import sample_uniforms
 from esrl.errors import NumericsError
@@ -359,52 +359,20 @@ def test_drawn_frequencies_follow_the_enumerated_distribution(toy_policy, tau):
     source = Prompts(
         example_ids=("toy",), input_ids=torch.tensor([[3, 5, 4, 1]]), mask=torch.ones(1, 4, dtype=torch.bool)
     )
-    draws = 20_000
-    plan = SamplingPlan(num_samples=torch.tensor([draws]), temperature=torch.tensor([tau], dtype=torch.float64))
-    sampler = EngineSampler(toy_policy, SamplingConfig(max_new_tokens=3), SEED)
-    rollouts = sampler.sample(source, plan)
-    expected = enumerate_sequences(toy_policy, source, tau)
-    assert len(expected) == 156
-    assert sum(expected.values()) == pytest.approx(1, abs=1e-12)
-    observed = dict.fromkeys(expected, 0)
-    for row, length in zip(rollouts.tokens.tolist(), rollouts.lengths.tolist(), strict=True):
-        observed[tuple(row[:length])] += 1  # KeyError: PAD, or a token behind the end
-    # cells with fewer than 5 expected draws are joined
-    large = [name for name, p in expected.items() if p * draws >= 5]
-    cells = [(observed[name], expected[name] * draws) for name in large]
-    rest = [name for name in expected if name not in set(large)]
-    if rest:
-        cells.append((sum(observed[name] for name in rest), sum(expected[name] for name in rest) * draws))
-    statistic = sum((seen - wanted) ** 2 / wanted for seen, wanted in cells)
-    assert len(cells) > 30
-    assert chi2.sf(statistic, len(cells) - 1) > 1e-3
-    # the test sees a wrong temperature: a tenth more or less is out of the question
-    wrong = enumerate_sequences(toy_policy, source, tau * 1.1)
-    off = sum((observed[name] - wrong[name] * draws) ** 2 / (wrong[name] * draws) for name in large)
-    assert chi2.sf(off, len(large) - 1) < 1e-9
+    plan = SamplingPlan(num_samples=torch.tensor([20_000]), temperature=torch.tensor([tau], dtype=torch.float64))
+    rollouts = EngineSampler(toy_policy, SamplingConfig(max_new_tokens=LONGEST), SEED).sample(source, plan)
 
+    def logits_after(prefix: tuple[int, ...]) -> torch.Tensor:
+        inputs = torch.tensor([[toy_policy.start_token, *prefix]])
+        return toy_policy.model(input_ids=source.input_ids, decoder_input_ids=inputs).logits[0, -1]
 
-def enumerate_sequences(policy: MarianPolicy, source: Prompts, tau: float) -> dict[tuple[int, ...], float]:
-    """The probability of every sequence of at most three tokens, by Hugging Face's model."""
-    found: dict[tuple[int, ...], float] = {}
-
-    def extend(prefix: tuple[int, ...], probability: float) -> None:
-        with torch.no_grad():
-            logits = policy.model(
-                input_ids=source.input_ids, decoder_input_ids=torch.tensor([[policy.start_token, *prefix]])
-            ).logits[0, -1]
-        logits[policy.pad_token] = -torch.inf
-        for token, p in enumerate(torch.softmax(logits / tau, 0).tolist()):
-            if token == policy.pad_token:
-                continue
-            longer = (*prefix, token)
-            if token in policy.eos_tokens or len(longer) == 3:
-                found[longer] = probability * p
-            else:
-                extend(longer, probability * p)
-
-    extend((), 1.0)
-    return found
+    # the test sees a wrong temperature: a tenth more is out of the question
+    right, wrong = (
+        enumerate_sequences(logits_after, toy_policy.pad_token, toy_policy.eos_tokens, heat)
+        for heat in (tau, tau * 1.1)
+    )
+    assert len(right) == 156
+    assert_follow(said(rollouts), right, wrong)
 
 
 def test_diverged_weights_are_reported_with_the_example(make_policy, prompts, make_plan):

@@ -31,11 +31,13 @@ from esrl.algorithm.capability import CapabilityConfig
 from esrl.algorithm.objectives import ObjectiveConfig
 from esrl.data.demo import make_examples
 from esrl.data.encoding import Encoder, PromptConfig
+from esrl.data.examples import Example
 from esrl.data.preferences import score_encoder
 from esrl.errors import RewardError
 from esrl.evaluation.decode import DecodingConfig
 from esrl.evaluation.development import Development
-from esrl.models.seq2seq import Preset, new_policy
+from esrl.models.causal import CausalPolicy
+from esrl.models.seq2seq import MarianPolicy, Preset, new_policy
 from esrl.models.tokenizer import train_tokenizer
 from esrl.rewards.calling import RewardConfig, build_reward
 from esrl.rewards.model import ModelRewardConfig
@@ -73,6 +75,8 @@ METHODS: dict[str, tuple[ObjectiveConfig, BaselineConfig, StepConfig]] = {
 ESRL = (ObjectiveConfig(alpha=0.1), BaselineConfig(queue_size=20), StepConfig(batch_size=BATCH))
 REWARDS = ("normalised", "model")
 """Kinds of ESRL with other rewards."""
+CAUSAL = ("causal-two_stage", "causal-grpo", "causal-ppo")
+"""ESRL, GRPO and PPO of a decoder-only model."""
 LANGUAGE = ("sft", "pairs")
 
 
@@ -86,13 +90,24 @@ def reward_config(kind: str, output: Path) -> RewardConfig:
     return RewardConfig(names=("chrf",))
 
 
-def make_task(kind: str, num_examples: int, output: Path) -> RLTask:
-    examples = make_examples(num_examples, 1, "train")
+def make_policy(examples: list[Example], *, causal: bool) -> tuple[MarianPolicy | CausalPolicy, Encoder | None]:
+    """A random model whose samples end early, and what makes its prompts."""
+    if causal:
+        model = causal_model()
+        model.generation_config.eos_token_id = [0, *range(100, 140)]
+        words = byte_level(bos=True)
+        return CausalPolicy(model, words), Encoder(words, PromptConfig())
     tokenizer = train_tokenizer([text for example in examples for text in example.columns.values()], 100, 60)
     policy = new_policy(Preset(width=32, layers=1, heads=2, inner_width=48), tokenizer, 60, 3)
     policy.model.to(torch.float64)
     policy.model.final_logits_bias[0, tokenizer.eos_token_id] += 2.5
-    objective, baseline, step = METHODS.get(kind, ESRL)
+    return policy, None
+
+
+def make_task(kind: str, num_examples: int, output: Path) -> RLTask:
+    examples = make_examples(num_examples, 1, "train")
+    policy, encoder = make_policy(examples, causal=kind in CAUSAL)
+    objective, baseline, step = METHODS.get(kind.removeprefix("causal-"), ESRL)
     return RLTask(
         policy,
         examples,
@@ -108,6 +123,7 @@ def make_task(kind: str, num_examples: int, output: Path) -> RLTask:
         build_reward(reward_config(kind, output)),
         Development([], (), DecodingConfig()),
         seed=4,
+        encoder=encoder,
     )
 
 
@@ -202,7 +218,7 @@ def rank_main(rank: int, size: int, num_examples: int, output: Path) -> None:
     name = f"{num_examples}-{rank}-of-{size}"
     join(output / f"{num_examples}-store", rank, size)
     record: dict[str, Any] = {"primitives": primitives()}
-    for kind in ("two_stage", "graph", *METHODS, *REWARDS):
+    for kind in ("two_stage", "graph", *METHODS, *REWARDS, *CAUSAL):
         record[kind], tensors = run(kind, num_examples, output)
         save_file(tensors, output / f"{name}-{kind}.safetensors")
     for kind in LANGUAGE:

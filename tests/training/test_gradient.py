@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from causal_models import make_ending
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,6 +17,7 @@ from esrl.algorithm.duplicates import handle_duplicates
 from esrl.algorithm.groups import Groups
 from esrl.algorithm.objectives import ObjectiveConfig, RewardedSamples, coefficients, objective_loss
 from esrl.errors import OutOfMemoryError
+from esrl.models.causal import CausalPolicy
 from esrl.models.seq2seq import MarianPolicy
 from esrl.sampling.engine import EngineSampler, SamplingConfig
 from esrl.sampling.graph import sample_with_graph
@@ -39,7 +41,9 @@ OBJECTIVES = {
 class Step:
     """A sampled step: rollouts, rewards, and everything an objective needs."""
 
-    def __init__(self, policy: MarianPolicy, prompts: Prompts, plan: SamplingPlan, merge: bool = False) -> None:
+    def __init__(
+        self, policy: MarianPolicy | CausalPolicy, prompts: Prompts, plan: SamplingPlan, merge: bool = False
+    ) -> None:
         self.policy, self.prompts, self.plan = policy, prompts, plan
         self.sampler = EngineSampler(policy, SamplingConfig(max_new_tokens=16), 5)
         rollouts = self.sampler.sample(prompts, plan)
@@ -173,7 +177,9 @@ def test_gradient_is_a_derivative(step, gradients):
     )
 
 
-def directional(policy: MarianPolicy, gradient: Gradient, log_probs: Callable[[], Tensor], constants: Tensor) -> float:
+def directional(
+    policy: MarianPolicy | CausalPolicy, gradient: Gradient, log_probs: Callable[[], Tensor], constants: Tensor
+) -> float:
     """|difference quotient - gradient . direction| / |difference quotient|."""
     parameters = dict(policy.model.named_parameters())
     generator = torch.Generator().manual_seed(4)
@@ -183,7 +189,8 @@ def directional(policy: MarianPolicy, gradient: Gradient, log_probs: Callable[[]
         name: value + 0.3 * float(value.std()) * torch.randn(value.shape, generator=generator, dtype=value.dtype)
         for name, value in gradient.items()
     }
-    direction["model.shared.weight"][policy.pad_token] = 0
+    if isinstance(policy, MarianPolicy):
+        direction["model.shared.weight"][policy.pad_token] = 0
     # the weights are large and the slope steep: the error falls with size ** 2 down to rounding at about 1e-8
     size = 1e-8 / float(torch.stack([d.norm() for d in direction.values()]).norm())
 
@@ -207,9 +214,9 @@ def directional(policy: MarianPolicy, gradient: Gradient, log_probs: Callable[[]
     return abs(slope - expected) / abs(slope)
 
 
-@pytest.fixture
-def dropout_step(make_policy, prompts, uneven_plan) -> Step:
-    policy = make_policy()
+@pytest.fixture(params=["marian", "gpt2"])
+def dropout_step(request, make_policy, tokenizer, prompts, uneven_plan) -> Step:
+    policy = make_policy() if request.param == "marian" else make_ending("gpt2", tokenizer)
     step = Step(policy, prompts, uneven_plan)
     policy.set_dropout(0.3)
     return step
@@ -217,7 +224,8 @@ def dropout_step(make_policy, prompts, uneven_plan) -> Step:
 
 def test_dropout_is_replayed(dropout_step, gradients):
     """The derivative of what ``log_probs`` gives under a seed is what ``backward`` adds under it: the same masks, in
-    the encoder and in every micro-batch, although half of the rows have no coefficient at all."""
+    the encoder (a causal model: in the prompts) and in every micro-batch, although half of the rows have no coefficient
+    at all."""
     step = dropout_step
     constants = step.coefficients(OBJECTIVES["fused"])
     constants[::2] = 0

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from causal_models import norms_in_float64
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -34,7 +35,14 @@ from esrl.training.optimization import Optimizer, OptimizerConfig
 from esrl.training.reference import frozen_reference, switched_reference
 from esrl.training.rl import RLTask
 
-BASELINES = {"grpo": "prompt_mean", "rloo": "leave_one_out", "ppo": "none", "mrt": "none", "reinforce": "fifo"}
+BASELINES = {
+    "grpo": "prompt_mean",
+    "rloo": "leave_one_out",
+    "ppo": "none",
+    "mrt": "none",
+    "reinforce": "fifo",
+    "fused": "fifo",
+}
 MakeTask = Callable[..., RLTask]
 
 
@@ -84,7 +92,7 @@ def make_task(make_policy, examples) -> MakeTask:
 
 @pytest.fixture(scope="session")
 def causal64(tokenizer) -> CausalPolicy:
-    """A random Llama over the same tokenizer."""
+    """A random Llama over the same tokenizer, sharp and with many end tokens: some of its samples are equal."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -103,6 +111,8 @@ def causal64(tokenizer) -> CausalPolicy:
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter *= 6
+        model.lm_head.weight *= 6
+    model.generation_config.eos_token_id = [1, *range(40, 100)]
     return CausalPolicy(model, tokenizer)
 
 
@@ -135,6 +145,8 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "ppo": {"kind": "ppo"},
     "ppo, KL": {"kind": "ppo", "kl_coefficient": 0.1, "critic": CriticConfig(value_coefficient=0.7)},
     "ppo at tau": {"kind": "ppo", "score_temperature": "sampling"},
+    "fused": {"kind": "fused", "alpha": 0.1},
+    "mrt": {"kind": "mrt", "alpha": 0.1},
 }
 
 
@@ -155,18 +167,28 @@ def test_both_kinds_of_gradient_agree_on_the_same_samples(make_task, name):
     assert ("critic.weight" in found["graph"]) == name.startswith("ppo")
 
 
-@pytest.mark.parametrize("name", ["grpo by tokens, KL", "rloo, KL", "ppo, KL"])
+@pytest.mark.parametrize("name", ["grpo by tokens, KL", "rloo, KL", "ppo, KL", "fused", "mrt"])
 def test_decoder_only_models_alike(make_task, causal64, name):
-    """Both kinds of gradient, and a second update."""
+    """Both kinds of gradient, and merged copies, of which there are some."""
+    kinds: dict[str, dict[str, Any]] = {
+        "graph": {"gradient": {"kind": "graph"}},
+        "two_stage": {},
+        "merged": {"step": {"duplicates": "merge"}},
+    }
     found = {}
-    for kind in ("graph", "two_stage"):
-        task = make_task(**OBJECTIVES[name], start=causal64, gradient={"kind": kind})
+    for kind, settings in kinds.items():
+        task = make_task(**OBJECTIVES[name], start=causal64, k=12, **settings)
+        norms_in_float64(task.policy.model)
         move(task)
         found[kind] = gradient_of(task)
-    assert found["two_stage"].keys() == found["graph"].keys()
-    for key, value in found["graph"].items():  # Hugging Face's RMSNorm computes in float32, whatever the model's type
-        assert float((found["two_stage"][key] - value).norm()) < 1e-6 * float(value.norm()), key
-        assert float(value.norm()) > 1e-3
+    assert_same(found["two_stage"], found["graph"])
+    assert_same(found["merged"], found["graph"])
+    assert all(float(value.norm()) > 1e-3 for value in found["graph"].values())
+    assert int(commit(task, 0, updates=False).samples.counts.max()) > 1
+
+
+@pytest.mark.parametrize("name", ["grpo by tokens, KL", "rloo, KL", "ppo, KL"])
+def test_decoder_only_models_learn_again_from_their_samples(make_task, causal64, name):
     task = make_task(**OBJECTIVES[name], start=causal64, step={"updates_per_batch": 2})
     assert task.compute(0, 0).metrics["ratio_mean"] == 1
     task.compute(0, 0).commit()

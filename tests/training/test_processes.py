@@ -70,8 +70,16 @@ CASES = pytest.mark.parametrize(
         (EMPTY, "graph"),
         (EVEN, "normalised"),
         (EMPTY, "normalised"),
+        (EVEN, "causal-two_stage"),
+        (EMPTY, "causal-two_stage"),
     ],
 )
+
+
+def embedding(kind: str) -> str:
+    """The name of a parameter that every step moves."""
+    name = "model.embed_tokens.weight" if kind.startswith("causal") else "model.shared.weight"
+    return f"policy.{name}" if kind.endswith("ppo") else name
 
 
 @CASES
@@ -91,7 +99,7 @@ def test_two_processes_make_the_steps_of_one(output, examples, kind):
 
 
 @pytest.mark.parametrize("examples", [EVEN, EMPTY])
-@pytest.mark.parametrize("kind", ["grpo", "rloo", "ppo"])
+@pytest.mark.parametrize("kind", ["grpo", "rloo", "ppo", "causal-grpo", "causal-ppo"])
 def test_two_processes_learn_like_one(output, examples, kind):
     """Spreads and whitening over all processes, ratios, the divergence and its steering, the critic; in the last batch
     one process may have no sample at all."""
@@ -109,8 +117,7 @@ def test_two_processes_learn_like_one(output, examples, kind):
         assert figures[0]["ratio_mean"] == 1 != figures[1]["ratio_mean"]
     else:
         assert one["state"]["kl_coefficient"] != 0.2
-    prefix = "policy." if kind == "ppo" else ""
-    assert float(expected[f"0.{prefix}model.shared.weight"].abs().max()) > 1e-3
+    assert float(expected[f"0.{embedding(kind)}"].abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["sft", "pairs"])
@@ -149,7 +156,7 @@ def test_summed_gradients_are_those_of_one_process(output, examples, kind):
     one = tensors(output, examples, kind, 0, 1)
     first, second = (tensors(output, examples, kind, rank, 2) for rank in (0, 1))
     assert first.keys() == second.keys() == one.keys()
-    assert float(one["0.model.shared.weight"].abs().max()) > 1e-3
+    assert float(one[f"0.{embedding(kind)}"].abs().max()) > 1e-3
     for name, value in one.items():
         assert torch.equal(first[name], second[name]), name  # the processes never drift apart
         torch.testing.assert_close(first[name], value, rtol=1e-6, atol=1e-9, msg=name)

@@ -16,7 +16,11 @@ from esrl.algorithm.advantages import group_advantages
 from esrl.algorithm.baselines import RewardQueue, baseline_values
 from esrl.algorithm.groups import Groups
 from esrl.algorithm.kl import kl_estimates
-from esrl.algorithm.objectives import ObjectiveConfig, RewardedSamples, denominator, objective_loss
+from esrl.algorithm.objectives import ObjectiveConfig, RewardedSamples, coefficients, denominator, objective_loss
+from esrl.data.batching import pad
+from esrl.models.causal import CausalPolicy
+from esrl.training.gradient import GradientConfig, StageTwo
+from esrl.types import Prompts, Rollouts
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -108,6 +112,25 @@ class Rolled:
         self.groups = Groups(torch.arange(PROMPTS).repeat_interleave(K), PROMPTS)
         self.counts = torch.ones(K * PROMPTS, dtype=torch.int64)
 
+    def prompts(self) -> Prompts:
+        """Each once, padded behind."""
+        pairs = zip(self.inputs["prompt_ids"][::K], self.inputs["prompt_mask"][::K].bool(), strict=True)
+        tokens, mask = pad([row[real].tolist() for row, real in pairs], 0)
+        return Prompts(example_ids=tuple(map(str, range(PROMPTS))), input_ids=tokens, mask=mask)
+
+    def rollouts(self, mask: Tensor) -> Rollouts:
+        """The samples; ``mask`` has the truncated ones, too."""
+        zeros = torch.zeros(mask.shape)
+        return Rollouts(
+            prompt_index=self.groups.index,
+            sample_index=torch.arange(K).repeat(PROMPTS),
+            tokens=self.tokens,
+            mask=mask,
+            finished=(self.tokens == 1).any(1),
+            log_probs=zeros,
+            sampling_log_probs=zeros,
+        )
+
     def logits(self) -> Tensor:
         """Of the policy, by a plain forward."""
         ids = torch.cat([self.inputs["prompt_ids"], self.tokens], 1)
@@ -129,7 +152,8 @@ def gradient_of(model: Any, loss: Tensor) -> dict[str, Tensor]:
 
 
 def compare(trainer: Any, rolled: Rolled, samples: RewardedSamples, config: ObjectiveConfig) -> None:
-    """TRL's loss and gradient by its own ``_compute_loss``; ours by ``objective_loss`` over a plain forward."""
+    """TRL's loss and gradient by its own ``_compute_loss``; ours by ``objective_loss`` over a plain forward, and by
+    stage two in micro-batches."""
     trainer.current_gradient_accumulation_steps = 1
     theirs = trainer._compute_loss(trainer.model, rolled.inputs)
     their_gradient = gradient_of(trainer.model, theirs)
@@ -140,6 +164,26 @@ def compare(trainer: Any, rolled: Rolled, samples: RewardedSamples, config: Obje
     assert max(float(value.abs().max()) for value in their_gradient.values()) > 1e-3
     for name, value in their_gradient.items():
         torch.testing.assert_close(our_gradient[name], value, rtol=1e-5, atol=1e-5, msg=name)
+    loss, gradient = by_stage_two(rolled, samples, config)
+    assert loss == pytest.approx(float(theirs.detach()), abs=1e-5)
+    assert gradient.keys() == their_gradient.keys()
+    for name, value in their_gradient.items():
+        assert float((gradient[name] - value).norm()) <= 1e-5 * float(value.norm()), name
+
+
+def by_stage_two(rolled: Rolled, samples: RewardedSamples, config: ObjectiveConfig) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradient as a step of ours computes them, prompts shared by their samples."""
+    model, tokenizer = rolled.trainer.accelerator.unwrap_model(rolled.trainer.model), make_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token  # our policies never say a PAD of its own, TRL's do
+    policy = CausalPolicy(model, tokenizer)
+    stage_two = StageTwo(policy, GradientConfig(micro_batch_tokens=2 * MAX_TOKENS, max_prompt_tokens=10))
+    prompts, rollouts = rolled.prompts(), rolled.rollouts(samples.mask)
+    log_probs = stage_two.log_probs(prompts, rollouts, None, 0)
+    loss, derivative = coefficients(log_probs, samples, config)
+    below = denominator(samples, config, float(PROMPTS))
+    model.zero_grad()
+    stage_two.backward(prompts, rollouts, derivative / below, None, 0)
+    return float(loss) / below, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def make_samples(rolled: Rolled, method: str, config: ObjectiveConfig, **more: Any) -> RewardedSamples:
