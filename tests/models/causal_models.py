@@ -174,6 +174,7 @@ def plain_logits(model: Any, prompts: Prompts, index: Tensor, answers: Tensor) -
     for row, answer in zip(index.tolist(), answers, strict=True):
         prompt = prompts.input_ids[row][prompts.mask[row]]
         logits = model(input_ids=torch.cat([prompt, answer])[None], use_cache=False).logits[0]
+        logits = logits.to(next(model.parameters()).dtype)  # Mamba makes float32 of them
         rows.append(logits[len(prompt) - 1 : -1])
     return torch.stack(rows)
 

@@ -1,4 +1,4 @@
-"""Causal models whose prompts are not shared: both stages against Hugging Face's own forward, and how they are chosen."""
+"""Models whose prompts are not shared: both stages against Hugging Face's own forward, and how they are chosen."""
 
 from __future__ import annotations
 

@@ -135,7 +135,9 @@ def test_the_gradient_through_the_cut_is_the_plain_one(family, tokenizer, gradie
     assert found.keys() == expected.keys()
     assert max(float(value.abs().max()) for value in expected.values()) > 1e-2
     for name, value in expected.items():
-        torch.testing.assert_close(found[name].to_dense(), value, rtol=tolerance(family), atol=tolerance(family), msg=name)
+        torch.testing.assert_close(
+            found[name].to_dense(), value, rtol=tolerance(family), atol=tolerance(family), msg=name
+        )
 
 
 def test_encoding_does_not_depend_on_padding(tokenizer):
@@ -282,7 +284,7 @@ def test_what_cannot_be_shared_is_refused_by_name(family, message, tokenizer):
 def test_a_cap_that_the_model_does_not_have_is_found(tokenizer):
     model = make_model("qwen3")
     model.config.final_logit_softcapping = 2.0
-    with pytest.raises(CannotShareError, match="'qwen3' cannot share .* logits differ from its own"):
+    with pytest.raises(CannotShareError, match=r"'qwen3' cannot share .* logits differ from its own"):
         CausalPolicy(model, tokenizer)
 
 
@@ -325,7 +327,7 @@ def test_llamas_layout_has_a_decoder_of_its_own(family, tokenizer):
 def test_layers_that_do_not_attend_here_are_refused(tokenizer):
     policy = make_causal("llama", tokenizer)
     with (
-        pytest.raises(CannotShareError, match="'llama' .* of its 2 layers 0 attend through"),
+        pytest.raises(CannotShareError, match=r"'llama' .* of its 2 layers 0 attend through"),
         attending(policy.model.config),
     ):
         pass

@@ -106,7 +106,15 @@ def weighted_log_prob_sum(  # noqa: PLR0913 - the tensors of one formula, and th
         half-precision projection is added up over the chunks in float32.
     """
     result: Tensor = _WeightedLogProbSum.apply(
-        hidden, projection.weight, projection.bias, targets, weights, temperature, projection.cap, max_logits, accumulate
+        hidden,
+        projection.weight,
+        projection.bias,
+        targets,
+        weights,
+        temperature,
+        projection.cap,
+        max_logits,
+        accumulate,
     )
     return result
 

@@ -201,7 +201,9 @@ def attend(  # noqa: PLR0913 - the signature is Hugging Face's
     if attention_mask is not None:
         asked.append("attention_mask")
     if asked:
-        raise CannotShareError(module.config, f"its attention asks for {', '.join(asked)}, which shared keys do not give")
+        raise CannotShareError(
+            module.config, f"its attention asks for {', '.join(asked)}, which shared keys do not give"
+        )
     active.windowed |= sliding_window is not None
     layer, active.layers = active.layers, active.layers + 1
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

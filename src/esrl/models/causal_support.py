@@ -120,8 +120,6 @@ def check_sharing(plain: Any) -> None:
         raise CannotShareError(plain.config, "its attention does not go through Hugging Face's attention interface")
 
 
-
-
 @torch.no_grad()
 def fault_of(policy: CausalModel) -> str | None:
     """What is wrong with a policy's logits, against Hugging Face's plain forward of each row alone, on a few tokens;
