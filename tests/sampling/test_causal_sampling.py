@@ -25,6 +25,8 @@ from esrl.sampling.generate import generate_texts, generate_tokens, left_padded
 from esrl.sampling.graph import sample_with_graph
 from esrl.types import Prompts, Rollouts, SamplingPlan
 
+# Gemma 2: where all is masked, Hugging Face adds the least float64, of which its softmax in float32 makes NaN
+PADDABLE = [family for family in (*FAMILIES, *PLAIN) if family != "gemma2"]
 COUNTS, HEAT = [5, 1, 0, 3, 8, 2], [1.0, 0.7, 1.0, 0.9, 1.2, 1.0]
 
 
@@ -60,8 +62,10 @@ def test_what_is_recorded_is_the_plain_forwards(family, dtype, tokenizer):
         torch.testing.assert_close(recorded, expected, rtol=0, atol=tolerance(family, dtype))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("family", [*FAMILIES, *PLAIN])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [(family, torch.float64) for family in PADDABLE] + [(family, torch.float32) for family in (*FAMILIES, *PLAIN)],
+)
 def test_greedy_equals_generate(family, dtype, tokenizer):
     """Prompt by prompt, and in one batch (padded on the left where that changes nothing): token for token."""
     prompts = make_prompts(LENGTHS)
@@ -108,7 +112,7 @@ def test_draws_do_not_depend_on_the_batch(family, tokenizer):
     assert found == expected
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *PLAIN])
+@pytest.mark.parametrize("family", PADDABLE)
 def test_the_conventional_way_draws_the_same(family, tokenizer, gradients):
     """Hugging Face's own attention and cache with the graph kept: same tokens, log-probabilities and gradient."""
     policy, prompts = make_ending(family, tokenizer), make_prompts(LENGTHS)

@@ -17,6 +17,7 @@ TESTED = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gemma2", "gemma3_text",
 NO_LIMIT = 1 << 20
 """Positions of a model that counts none, as recurrent ones."""
 
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _PROBE_LENGTHS = (1, 4, 6)
 _ANSWER = 5
@@ -79,7 +80,7 @@ def longest_shared(config: Any) -> int:
 
 def logit_cap(config: Any) -> float | None:
     """What the model's logits are soft-capped at behind the vocabulary projection."""
-    cap = getattr(config, "final_logit_softcapping", None)
+    cap = next((cap for name in _CAPS if (cap := getattr(config, name, None)) is not None), None)
     return None if cap is None else float(cap)
 
 
