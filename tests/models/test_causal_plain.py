@@ -10,6 +10,7 @@ import torch
 from causal_models import (
     LENGTHS,
     PLAIN,
+    POSITIONS,
     PROMPT_INDEX,
     assert_plain,
     decoder_inputs,
@@ -89,6 +90,18 @@ def test_prompts_of_one_token_and_of_equal_length(lengths, tokenizer):
     torch.testing.assert_close(
         not_suppressed(policy, ours), not_suppressed(policy, theirs), rtol=0, atol=tolerance("mamba")
     )
+
+
+def test_padding_does_not_go_beyond_the_positions(tokenizer):
+    """GPT-2's are a table of 48: a prompt of 45 in a batch with answers of 10 would need 55."""
+    policy, prompts, answers = make_plain("gpt2", tokenizer), make_prompts([POSITIONS - 3, 2]), random_answers(2, 10)
+    with torch.no_grad():
+        ours = not_suppressed(policy, stage_two(policy, prompts, torch.arange(2), answers))
+        for row, length in enumerate((3, 10)):
+            alone = plain_logits(
+                policy.model, prompts.select([row]), torch.tensor([0]), answers[row : row + 1, :length]
+            )
+            torch.testing.assert_close(ours[row, :length], not_suppressed(policy, alone)[0], rtol=0, atol=1e-9)
 
 
 def test_a_state_is_the_prompts_tokens_in_the_type_of_what_is_recorded(tokenizer):
