@@ -18,6 +18,7 @@ from transformers import (
     PhiConfig,
     Qwen2Config,
     Qwen3Config,
+    RecurrentGemmaConfig,
 )
 
 from esrl.models.causal import CausalPolicy
@@ -80,11 +81,18 @@ def configs() -> dict[str, Any]:
 
 
 def plain_configs() -> dict[str, Any]:
-    """Models whose prompts cannot be shared: a recurrent one, and attention with sinks over mixed experts."""
+    """Models whose prompts cannot be shared: recurrent ones, one of which knows no padding; sinks, and experts."""
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "pad_token_id", "eos_token_id", "bos_token_id")
     sizes = {name: _SIZES[name] for name in names}
     return {
         "mamba": MambaConfig(state_size=4, time_step_rank=4, residual_in_fp32=False, **sizes),
+        "recurrent_gemma": RecurrentGemmaConfig(
+            num_attention_heads=4,
+            lru_width=32,
+            attention_window_size=5,
+            logits_soft_cap=4.0,
+            **(sizes | {"num_hidden_layers": 3}),
+        ),
         "gpt_oss": GptOssConfig(
             num_key_value_heads=2,
             head_dim=8,
@@ -103,7 +111,7 @@ _FORGETTING = ("A_log", "dt_proj")  # how fast a state forgets
 
 def tolerance(family: str, dtype: torch.dtype = torch.float64) -> float:
     """Hugging Face's code takes the softmax of Gemma 2's attention, and Mamba's states and logits, in float32."""
-    return 1e-4 if dtype == torch.float32 or family in ("gemma2", "mamba") else 1e-9
+    return 1e-4 if dtype == torch.float32 or family in ("gemma2", "mamba", "recurrent_gemma") else 1e-9
 
 
 def make_model(family: str | Any, dtype: torch.dtype = torch.float64, seed: int = 1) -> Any:

@@ -28,7 +28,9 @@ def generate_tokens(
     """(P, length) new tokens, padded behind the first end-of-sequence; suppressed tokens as in the engine."""
     if not isinstance(policy, PlainCausalPolicy):
         return _generate(policy, prompts, max_new_tokens, options)
-    # recurrent layers read padding as they read text: prompts of one length go together, without any
+    # Recurrent layers may read padding as they read text, so prompts of one length go together, without any; and not
+    # every cache gives what whole sequences do (RecurrentGemma's keeps the states of earlier calls).
+    options["use_cache"] = False
     lengths = prompts.mask.sum(1)
     found: dict[int, Tensor] = {}
     for length in lengths.unique().tolist():
