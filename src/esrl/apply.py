@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from esrl.building import encoder_for
+from esrl.building import encoder_for, tell_notice
 from esrl.data.conversations import Format
 from esrl.data.encoding import PromptConfig
 from esrl.data.examples import SOURCE, Example, number_examples
@@ -174,7 +174,7 @@ def show_evaluation(result: dict[str, dict[str, Any]], config: EvaluateConfig) -
 def generate(config: GenerateConfig) -> list[str]:
     """The model's output for each source; a blank line gives an empty line."""
     _check_output(config.output)
-    policy = on_device(load_policy(config.model))
+    policy = _loaded(config.model)
     examples = _examples(config)
     outputs = _answers(policy, examples, config)
     if config.output is not None and config.output.suffix == ".jsonl":
@@ -226,11 +226,18 @@ def _examples(config: GenerateConfig) -> Sequence[Example]:
     return load_examples(data, keep_blank=True).examples
 
 
+def _loaded(name: str) -> MarianPolicy | CausalPolicy:
+    """A folder's model where it is to run."""
+    policy = on_device(load_policy(name))
+    tell_notice(policy, True)
+    return policy
+
+
 def _system(name: str, num_examples: int) -> list[str] | MarianPolicy | CausalPolicy:
     """The outputs in a file, or a model that is to give them."""
     path = Path(name)
     if not path.is_file():
-        return on_device(load_policy(name))
+        return _loaded(name)
     outputs = [text for _, text in read_lines(path)]
     if len(outputs) != num_examples:
         raise ValueError(

@@ -40,7 +40,9 @@ def models_of(config: RunConfig) -> list[str]:
     return [config.model] if isinstance(config, RewardModelConfig) else []
 
 
-def starting_policy(config: MLEConfig, start: Path | None, training: Sequence[Example]) -> MarianPolicy | CausalPolicy:
+def starting_policy(
+    config: MLEConfig, start: Path | None, training: Sequence[Example], show: bool
+) -> MarianPolicy | CausalPolicy:
     """The model that likelihood trains: a folder's, or a new one.
 
     Args:
@@ -52,7 +54,7 @@ def starting_policy(config: MLEConfig, start: Path | None, training: Sequence[Ex
     """
     model = config.model
     if model.path is not None:
-        return with_adapters(base_policy(model.path, config.lora), config.lora, config.seed)
+        return with_adapters(base_policy(model.path, config.lora, show), config.lora, config.seed)
     if config.lora is not None:
         raise ValueError("lora needs a trained model under the adapters; set model.path, or leave lora out.")
     if start is not None:
@@ -100,10 +102,19 @@ def fine_tuning_task(
     return task
 
 
-def base_policy(path: str, settings: LoraSettings | None) -> MarianPolicy | CausalPolicy:
+def base_policy(path: str, settings: LoraSettings | None, show: bool) -> MarianPolicy | CausalPolicy:
     """The model of a folder or hub name, in 4 bits where the adapters' settings say so."""
     path = absolute_model(path)  # adapters name their base, which must be found from anywhere
-    return load_quantized(path) if settings is not None and settings.load_in_4bit else load_policy(path)
+    quantized = settings is not None and settings.load_in_4bit
+    policy: MarianPolicy | CausalPolicy = load_quantized(path) if quantized else load_policy(path)
+    tell_notice(policy, show)
+    return policy
+
+
+def tell_notice(policy: MarianPolicy | CausalPolicy, show: bool) -> None:
+    """Say what a user should know of how this model is run, where there is something."""
+    if show and policy.notice is not None:
+        say(policy.notice)
 
 
 def with_adapters(

@@ -92,7 +92,7 @@ def mle(config: MLEConfig) -> RunResult:
         training = _load(config.data, run.is_main)
         development = _load(config.development.data, run.is_main)
         _require(training, ("reference",), "maximum likelihood", config.data)
-        policy = starting_policy(config, run.path / START if run.has_checkpoint else None, training)
+        policy = starting_policy(config, run.path / START if run.has_checkpoint else None, training, run.is_main)
         policy.model.to(accelerator.device)
         policy.precision = config.precision
         task: Task
@@ -163,7 +163,7 @@ def make_rl_task(config: RLConfig, accelerator: Accelerator | None = None) -> It
         reward.check_columns(training[0].columns)
         built_in = _metrics(config.reward)
         check_references(built_in, (example.columns["reference"] for example in training if built_in))
-        policy = with_adapters(base_policy(config.model, config.lora), config.lora, config.seed)
+        policy = with_adapters(base_policy(config.model, config.lora, show), config.lora, config.seed)
         policy.model.to(accelerator.device)
         policy.precision = config.precision
         encoder = encoder_for(policy, config.prompts, config.sampling.max_new_tokens)

@@ -45,10 +45,14 @@ def leaves(values: dict[str, Tensor | None]) -> tuple[Tensor, Tensor, Tensor | N
     return hidden, weight, bias
 
 
-def full(hidden: Tensor, weight: Tensor, bias: Tensor | None, values: dict[str, Tensor | None]) -> Tensor:
+def full(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, values: dict[str, Tensor | None], cap: float | None = None
+) -> Tensor:
     logits = hidden @ weight.T
     if bias is not None:
         logits = logits + bias
+    if cap is not None:
+        logits = torch.where(logits.isinf(), logits, cap * torch.tanh(logits / cap))
     if values["temperature"] is not None:
         logits = logits / values["temperature"][:, None]
     return logits.log_softmax(1)[torch.arange(N), values["targets"]]
@@ -62,17 +66,18 @@ def close(actual: Tensor | None, expected: Tensor | None) -> None:
 @pytest.mark.parametrize("max_logits", CHUNKS)
 @pytest.mark.parametrize("bias", ["none", "plain", "suppressed"])
 @pytest.mark.parametrize("hot", [False, True])
-def test_both_equal_the_full_softmax_and_its_gradient(max_logits: int, bias: str, hot: bool):
+@pytest.mark.parametrize("cap", [None, 1.5])
+def test_both_equal_the_full_softmax_and_its_gradient(max_logits: int, bias: str, hot: bool, cap: float | None):
     values = problem(bias, hot)
     inputs = leaves(values)
-    expected = full(*inputs, values)
+    expected = full(*inputs, values, cap)
     (expected * values["weights"]).sum().backward()
 
     chunked = leaves(values)
     log_probs = token_log_probs(
         chunked[0],
         values["targets"],
-        Projection(chunked[1], chunked[2]),
+        Projection(chunked[1], chunked[2], cap),
         temperature=values["temperature"],
         max_logits=max_logits,
     )
@@ -84,7 +89,7 @@ def test_both_equal_the_full_softmax_and_its_gradient(max_logits: int, bias: str
         fused[0],
         values["targets"],
         values["weights"],
-        Projection(fused[1], fused[2]),
+        Projection(fused[1], fused[2], cap),
         temperature=values["temperature"],
         max_logits=max_logits,
     )

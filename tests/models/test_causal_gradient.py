@@ -6,10 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-from causal_models import FAMILIES, LENGTHS, make_causal, make_prompts, norms_in_float64, plain_logits
+from causal_models import (
+    FAMILIES,
+    LENGTHS,
+    PLAIN,
+    make_causal,
+    make_plain,
+    make_prompts,
+    norms_in_float64,
+    plain_logits,
+    tolerance,
+)
 
 from esrl.models.adapters import LoraSettings, add_adapter
 from esrl.models.causal import CausalPolicy
+from esrl.models.causal_plain import PlainCausalPolicy
 from esrl.sampling.engine import EngineSampler, SamplingConfig
 from esrl.training.gradient import GradientConfig, StageTwo
 from esrl.types import Prompts, Rollouts, SamplingPlan
@@ -31,7 +42,7 @@ def sampled(policy: CausalPolicy) -> tuple[Prompts, Rollouts, torch.Tensor]:
     return prompts, rollouts, coefficients
 
 
-def assert_the_plain_gradient(policy: CausalPolicy, gradients: Any) -> None:
+def assert_the_plain_gradient(policy: CausalPolicy, gradients: Any, limit: float = 1e-9) -> None:
     norms_in_float64(policy.model)
     prompts, rollouts, coefficients = sampled(policy)
 
@@ -48,18 +59,18 @@ def assert_the_plain_gradient(policy: CausalPolicy, gradients: Any) -> None:
     for memory in MEMORY:
         stage_two = StageTwo(policy, GradientConfig(**memory))
         log_probs = stage_two.log_probs(prompts, rollouts, None, 0)
-        torch.testing.assert_close(log_probs, rollouts.log_probs, rtol=0, atol=1e-9)
+        torch.testing.assert_close(log_probs, rollouts.log_probs, rtol=0, atol=limit)
         found = gradients(
             policy.model, lambda stage_two=stage_two: stage_two.backward(prompts, rollouts, coefficients, None, 0)
         )
         assert found.keys() == expected.keys()
         for name, value in expected.items():
-            torch.testing.assert_close(found[name].to_dense(), value, rtol=1e-9, atol=1e-9, msg=name)
+            torch.testing.assert_close(found[name].to_dense(), value, rtol=limit, atol=limit, msg=name)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_micro_batches_give_the_gradient_of_the_plain_forward(family, tokenizer, gradients):
-    assert_the_plain_gradient(make_causal(family, tokenizer), gradients)
+    assert_the_plain_gradient(make_causal(family, tokenizer), gradients, tolerance(family))
 
 
 @pytest.mark.parametrize("target_modules", [(), ("o_proj",), ("k_proj",)])
@@ -70,3 +81,18 @@ def test_the_gradient_of_adapters(target_modules, tokenizer, gradients):
         if "lora_B" in name:
             parameter.data.normal_(std=0.3, generator=torch.Generator().manual_seed(len(name)))
     assert_the_plain_gradient(policy, gradients)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", *PLAIN])
+def test_prompts_that_are_not_shared_give_it_too(family, tokenizer, gradients):
+    assert_the_plain_gradient(make_plain(family, tokenizer), gradients, tolerance(family))
+
+
+@pytest.mark.parametrize(("family", "module"), [("mamba", "in_proj"), ("gpt_oss", "v_proj")])
+def test_adapters_where_prompts_are_not_shared(family, module, tokenizer, gradients):
+    policy = add_adapter(make_plain(family, tokenizer), LoraSettings(rank=2, target_modules=(module,)))
+    assert type(policy) is PlainCausalPolicy
+    for name, parameter in policy.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.3, generator=torch.Generator().manual_seed(len(name)))
+    assert_the_plain_gradient(policy, gradients, tolerance(family))

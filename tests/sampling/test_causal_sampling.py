@@ -7,23 +7,30 @@ import torch
 from causal_models import (
     FAMILIES,
     LENGTHS,
+    PLAIN,
     POSITIONS,
     configs,
+    kind_of,
     make_causal,
     make_ending,
     make_model,
+    make_plain,
     make_prompts,
     plain_logits,
+    tolerance,
 )
 from enumeration import LONGEST, assert_follow, enumerate_sequences, said
 
 from esrl.models.causal import CausalPolicy
 from esrl.models.causal_attention import CausalRows, CausalWaves
+from esrl.models.causal_plain import PlainCausalPolicy
 from esrl.sampling.engine import EngineSampler, SamplingConfig
 from esrl.sampling.generate import generate_texts, generate_tokens, left_padded
 from esrl.sampling.graph import sample_with_graph
 from esrl.types import Prompts, Rollouts, SamplingPlan
 
+# Gemma 2: where all is masked, Hugging Face adds the least float64, of which its softmax in float32 makes NaN
+PADDABLE = [family for family in (*FAMILIES, *PLAIN) if family != "gemma2"]
 COUNTS, HEAT = [5, 1, 0, 3, 8, 2], [1.0, 0.7, 1.0, 0.9, 1.2, 1.0]
 
 
@@ -36,7 +43,7 @@ def sampler(policy: CausalPolicy, **config: object) -> EngineSampler:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *PLAIN])
 def test_what_is_recorded_is_the_plain_forwards(family, dtype, tokenizer):
     policy, prompts = make_ending(family, tokenizer, dtype), make_prompts(LENGTHS)
     rollouts = sampler(policy, compaction_share=0.0).sample(prompts, plan())
@@ -49,18 +56,20 @@ def test_what_is_recorded_is_the_plain_forwards(family, dtype, tokenizer):
     for heated, recorded in ((logits, rollouts.log_probs), (logits / tau[:, None, None], rollouts.sampling_log_probs)):
         expected = torch.log_softmax(heated, -1).gather(-1, rollouts.tokens[..., None])[..., 0]
         expected = torch.where(rollouts.mask, expected, 0.0)
-        torch.testing.assert_close(recorded, expected, rtol=0, atol=1e-9 if dtype == torch.float64 else 1e-4)
+        torch.testing.assert_close(recorded, expected, rtol=0, atol=tolerance(family, dtype))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [(family, torch.float64) for family in PADDABLE] + [(family, torch.float32) for family in (*FAMILIES, *PLAIN)],
+)
 def test_greedy_equals_generate(family, dtype, tokenizer):
-    """Prompt by prompt, and padded on the left in one batch: token for token."""
+    """Prompt by prompt, and in one batch (padded on the left where that changes nothing): token for token."""
     prompts = make_prompts(LENGTHS)
     said = sampler(make_causal(family, tokenizer, dtype)).sample(prompts, SamplingPlan.greedy(len(prompts))).tokens
     model = make_model(family, dtype)
     model.generation_config.eos_token_id = [1, int(said[0, 3]), int(said[1, 9]), int(said[3, 6])]
-    policy = CausalPolicy(model, tokenizer)
+    policy = kind_of(family)(model, tokenizer)
     rollouts = sampler(policy).sample(prompts, SamplingPlan.greedy(len(prompts)))
     together = generate_tokens(policy, prompts, 25, do_sample=False)
     lengths = rollouts.lengths.tolist()
@@ -80,7 +89,7 @@ def by_id(rollouts: Rollouts, prompts: Prompts) -> dict[tuple[str, int], list[in
     }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *PLAIN])
 def test_draws_do_not_depend_on_the_batch(family, tokenizer):
     """Prompts in another order, alone, in waves of a few rows, with and without compaction, encoded one by one."""
     policy, prompts = make_ending(family, tokenizer), make_prompts(LENGTHS)
@@ -102,7 +111,7 @@ def test_draws_do_not_depend_on_the_batch(family, tokenizer):
 
 
 @pytest.mark.parametrize("cut", [{}, {"top_k": 30, "top_p": 0.9}])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PADDABLE)
 def test_the_conventional_way_draws_the_same(family, cut, tokenizer, gradients):
     """Hugging Face's own attention and cache with the graph kept: same tokens, log-probabilities and gradient."""
     policy, prompts = make_ending(family, tokenizer), make_prompts(LENGTHS)
@@ -110,8 +119,8 @@ def test_the_conventional_way_draws_the_same(family, cut, tokenizer, gradients):
     rollouts = engine.sample(prompts, plan())
     again, log_probs = sample_with_graph(policy, prompts, plan(), engine, 0)
     assert torch.equal(again.tokens, rollouts.tokens) and torch.equal(again.mask, rollouts.mask)
-    torch.testing.assert_close(again.log_probs, rollouts.log_probs, rtol=0, atol=1e-9)
-    torch.testing.assert_close(again.sampling_log_probs, rollouts.sampling_log_probs, rtol=0, atol=1e-9)
+    torch.testing.assert_close(again.log_probs, rollouts.log_probs, rtol=0, atol=tolerance(family))
+    torch.testing.assert_close(again.sampling_log_probs, rollouts.sampling_log_probs, rtol=0, atol=tolerance(family))
     assert log_probs.requires_grad
     found = gradients(policy.model, lambda: sample_with_graph(policy, prompts, plan(), engine, 0)[1].sum().backward())
 
@@ -127,11 +136,12 @@ def test_the_conventional_way_draws_the_same(family, cut, tokenizer, gradients):
         torch.testing.assert_close(found[name].to_dense(), value.to_dense(), rtol=1e-4, atol=1e-4, msg=name)
 
 
-def test_an_answer_ends_where_the_models_positions_do(tokenizer):
+@pytest.mark.parametrize("kind", [CausalPolicy, PlainCausalPolicy])
+def test_an_answer_ends_where_the_models_positions_do(kind, tokenizer):
     """A prompt of n tokens has room for POSITIONS - n; the last token drawn is fed no more."""
     model = make_model("gpt2")
     model.generation_config.eos_token_id = 1
-    policy, prompts = CausalPolicy(model, tokenizer), make_prompts([POSITIONS - 3, 1, POSITIONS - 1])
+    policy, prompts = kind(model, tokenizer), make_prompts([POSITIONS - 3, 1, POSITIONS - 1])
     plan = SamplingPlan(num_samples=torch.tensor([4, 2, 4]), temperature=torch.ones(3, dtype=torch.float64))
     rollouts = sampler(policy, max_new_tokens=30).sample(prompts, plan)
     assert (
@@ -154,6 +164,16 @@ def test_nothing_to_sample(tokenizer):
     nothing = SamplingPlan(num_samples=torch.tensor([0, 0]), temperature=torch.ones(2, dtype=torch.float64))
     assert sampler(policy).sample(prompts, nothing).num_rows == 0
     assert sample_with_graph(policy, prompts, nothing, sampler(policy), 0)[0].num_rows == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_shared_prompts_draw_what_plain_ones_do(family, tokenizer):
+    prompts = make_prompts(LENGTHS)
+    shared = sampler(make_causal(family, tokenizer)).sample(prompts, plan())
+    alone = sampler(make_plain(family, tokenizer), max_cache_tokens=150).sample(prompts, plan())
+    assert torch.equal(alone.tokens, shared.tokens) and torch.equal(alone.mask, shared.mask)
+    torch.testing.assert_close(alone.log_probs, shared.log_probs, rtol=0, atol=1e-9)
+    torch.testing.assert_close(alone.sampling_log_probs, shared.sampling_log_probs, rtol=0, atol=1e-9)
 
 
 def test_length_ratio_by_hand(tokenizer):

@@ -20,13 +20,15 @@ MAX_LOGITS = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """The vocabulary projection: logits = hidden @ weight.T + bias.
+    """The vocabulary projection: logits = hidden @ weight.T + bias, soft-capped where the model caps them.
 
     ``bias`` (V,) is -inf at suppressed tokens, which so have probability 0 in both stages.
     """
 
     weight: Tensor  # (V, D)
     bias: Tensor | None = None  # (V,)
+    cap: float | None = None
+    """Logits l become cap * tanh(l / cap)."""
 
     @property
     def vocabulary(self) -> int:
@@ -35,8 +37,19 @@ class Projection:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, D) -> (N, V), of a type that is float32 at least; rounded to bfloat16 where the product is (autocast)."""
+        return self.with_slope(hidden)[0]
+
+    def with_slope(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The same, and (N, V) how steep the cap is there; None without a cap."""
         logits = functional.linear(hidden, self.weight, self.bias)
-        return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+        logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+        return (logits, None) if self.cap is None else soft_cap(logits, self.cap)
+
+
+def soft_cap(logits: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """cap * tanh(logits / cap) and its slope, 1 - tanh^2; the logits of suppressed tokens stay -inf."""
+    bounded = torch.tanh(logits / cap)
+    return torch.where(logits == -torch.inf, logits, cap * bounded), 1 - bounded * bounded
 
 
 def token_log_probs(
@@ -58,7 +71,8 @@ def token_log_probs(
         (N,) log-probabilities, at least float32. Under autograd every chunk keeps its logits: take
         ``weighted_log_prob_sum`` where memory matters.
     """
-    projection = Projection(as_autocast(projection.weight), projection.bias)  # once, not for each chunk
+    # cast once, not for each chunk
+    projection = Projection(as_autocast(projection.weight), projection.bias, projection.cap)
     parts = [
         _log_probs(projection.logits(hidden[part]), targets[part], None if temperature is None else temperature[part])
         for part in _chunks(len(targets), projection.weight.shape[0], max_logits)
@@ -92,7 +106,15 @@ def weighted_log_prob_sum(  # noqa: PLR0913 - the tensors of one formula, and th
         half-precision projection is added up over the chunks in float32.
     """
     result: Tensor = _WeightedLogProbSum.apply(
-        hidden, projection.weight, projection.bias, targets, weights, temperature, max_logits, accumulate
+        hidden,
+        projection.weight,
+        projection.bias,
+        targets,
+        weights,
+        temperature,
+        projection.cap,
+        max_logits,
+        accumulate,
     )
     return result
 
@@ -131,10 +153,11 @@ class _WeightedLogProbSum(torch.autograd.Function):
         targets: Tensor,
         weights: Tensor,
         temperature: Tensor | None,
+        cap: float | None,
         max_logits: int,
         accumulate: bool,
     ) -> Tensor:
-        projection = Projection(as_autocast(weight), bias)
+        projection = Projection(as_autocast(weight), bias, cap)
         inputs = hidden.to(projection.weight.dtype)
         grad_inputs = torch.empty_like(inputs)
         wide = torch.promote_types(weight.dtype, torch.float32)
@@ -146,7 +169,7 @@ class _WeightedLogProbSum(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and ctx.needs_input_grad[2] else None
         total = weights.new_zeros(())
         for part in _chunks(len(targets), weight.shape[0], max_logits):
-            logits = projection.logits(inputs[part])
+            logits, slope = projection.with_slope(inputs[part])
             scale = None if temperature is None else temperature[part].to(logits.dtype)
             if scale is not None:
                 logits /= scale[:, None]
@@ -161,6 +184,8 @@ class _WeightedLogProbSum(torch.autograd.Function):
             grad.mul_(-factor / norm).scatter_add_(1, chosen, factor)
             if scale is not None:
                 grad /= scale[:, None]
+            if slope is not None:
+                grad *= slope
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
             total_weight = weight.grad if direct else grad_weight
@@ -185,4 +210,4 @@ class _WeightedLogProbSum(torch.autograd.Function):
             grad_weight = grad_weight.to(ctx.dtype)
         if grad_bias is not None:
             grad_bias = grad_bias.to(ctx.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None

@@ -162,7 +162,7 @@ def merge_adapter(base: MarianPolicy | CausalPolicy, adapter_folder: str | Path,
 def _around(policy: AnyPolicy, model: Any) -> AnyPolicy:
     """The policy with PEFT's model in the place of its own."""
     result = type(policy)(model, policy.tokenizer)
-    result.precision = policy.precision
+    result.precision, result.notice = policy.precision, policy.notice
     return result
 
 

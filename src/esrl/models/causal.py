@@ -18,7 +18,15 @@ from esrl.algorithm.log_probs import Projection
 from esrl.models.causal_attention import RecordedKeys, SharedPrefix, attending
 from esrl.models.causal_decoder import FrozenCausalDecoder
 from esrl.models.causal_llama import FrozenLlamaDecoder, fits
-from esrl.models.causal_support import TESTED, check_supported, compare, longest_sequence
+from esrl.models.causal_support import (
+    TESTED,
+    CannotShareError,
+    check_sharing,
+    check_supported,
+    fault_of,
+    logit_cap,
+    longest_shared,
+)
 from esrl.models.policy import FrozenDecoder, PromptState
 from esrl.models.precision import Precision, in_precision
 from esrl.models.seq2seq import Preset
@@ -32,8 +40,12 @@ class CausalPolicy:
         model: Hugging Face's model with its vocabulary projection, or one with PEFT's adapters around it.
 
     Raises:
-        ValueError: a model whose prompts cannot be shared exactly, by name.
+        CannotShareError: a model whose prompts cannot be shared exactly, by name; ``PlainCausalPolicy`` takes it.
+        ValueError: a model that is not supported, or a tokenizer that does not fit.
     """
+
+    notice: str | None = None
+    """What a user should be told about how this model is run."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model: Any = model
@@ -50,7 +62,7 @@ class CausalPolicy:
         self.pad_token = int(tokenizer.pad_token_id)
         self.suppressed = sorted({self.pad_token} - set(self.eos_tokens))
         self.vocabulary = int(plain.lm_head.weight.shape[0])
-        self.max_length = longest_sequence(config)
+        self.max_length = self._positions()
         if self.vocabulary <= max(*self.eos_tokens, self.pad_token):
             raise ValueError(
                 f"the tokenizer's special tokens go up to {max(*self.eos_tokens, self.pad_token)}, but the model's "
@@ -61,8 +73,7 @@ class CausalPolicy:
             # as in MarianPolicy: no matrix (V, D) for each micro-batch where the projection has one anyway
             embedding.sparse = embedding.weight is plain.lm_head.weight
         self.set_dropout(0.0)
-        if config.model_type not in TESTED:
-            compare(self)
+        self._compare()
 
     @property
     def plain(self) -> Any:
@@ -105,13 +116,8 @@ class CausalPolicy:
     @in_precision
     def encode(self, prompts: Prompts) -> PromptState:
         """Keys and values of each prompt but for its last token."""
-        mask = prompts.mask.to(self.device)
-        if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
-            raise ValueError("a prompt is padded on its left side; prompts are padded behind their last token.")
         refuse_checkpointing(self.body)
-        # one column at least, masked where there is nothing: models take no sequence of length 0
-        tokens = prompts.input_ids[:, : max(1, mask.shape[1] - 1)].to(self.device)
-        there = mask[:, 1:] if mask.shape[1] > 1 else torch.zeros_like(mask)
+        tokens, there = self._but_last(prompts)
         recorded = RecordedKeys()
         positions = torch.arange(tokens.shape[1], device=self.device).expand(len(tokens), -1)
         with attending(self.body.config):
@@ -138,13 +144,35 @@ class CausalPolicy:
         hidden: Tensor = output.last_hidden_state
         return hidden
 
+    def _but_last(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
+        """(P, S) tokens of each prompt but its last, padded on the right, and their mask."""
+        mask = prompts.mask.to(self.device)
+        if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+            raise ValueError("a prompt is padded on its left side; prompts are padded behind their last token.")
+        # one column at least, masked where there is nothing: models take no sequence of length 0
+        tokens = prompts.input_ids[:, : max(1, mask.shape[1] - 1)].to(self.device)
+        return tokens, mask[:, 1:] if mask.shape[1] > 1 else torch.zeros_like(mask)
+
+    def _positions(self) -> int:
+        """The longest sequence, where prompts can be shared."""
+        check_sharing(self.plain)
+        return longest_shared(self.plain.config)
+
+    def _compare(self) -> None:
+        """Hold the model against its plain forward, where no test does or its configuration may mean nothing to it."""
+        config = self.plain.config
+        if config.model_type in TESTED and logit_cap(config) is None:
+            return
+        if (fault := fault_of(self)) is not None:
+            raise CannotShareError(config, fault)
+
     def projection(self) -> Projection:
         head = self.plain.lm_head
         bias = head.bias
         if self.suppressed:
             bias = head.weight.new_zeros(self.vocabulary) if bias is None else bias.clone()
             bias[self.suppressed] = -torch.inf
-        return Projection(head.weight, bias)
+        return Projection(head.weight, bias, logit_cap(self.plain.config))
 
     def set_dropout(self, rate: float) -> None:
         found = False

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AttentionInterface
 
+from esrl.models.causal_support import CannotShareError
 from esrl.models.groups import PromptGroups
 from esrl.models.policy import PromptState
 from esrl.models.row_cache import RowCache, Waves
@@ -159,7 +160,7 @@ def attending(config: Any, prefix: SharedPrefix | None = None, waves: CausalWave
     """Send the attention of the model with this configuration through ``attend``; afterwards all is as before.
 
     Raises:
-        ValueError: on leaving, if not every layer came by exactly once.
+        CannotShareError: on leaving, if not every layer came by exactly once.
     """
     active = Attending(prefix, waves)
     before, token = config._attn_implementation, _ACTIVE.set(active)
@@ -170,9 +171,8 @@ def attending(config: Any, prefix: SharedPrefix | None = None, waves: CausalWave
         config._attn_implementation = before
         _ACTIVE.reset(token)
     if active.layers != config.num_hidden_layers:
-        raise ValueError(
-            f"model_type {config.model_type!r} has {config.num_hidden_layers} layers, of which {active.layers} send "
-            "their attention through Hugging Face's interface; models with other kinds of layers are not supported."
+        raise CannotShareError(
+            config, f"of its {config.num_hidden_layers} layers {active.layers} attend through Hugging Face's interface"
         )
 
 
@@ -193,7 +193,7 @@ def attend(  # noqa: PLR0913 - the signature is Hugging Face's
     Dropout on attention weights is left out, as in the encoder-decoder policies.
 
     Raises:
-        ValueError: the model asks for something else in its attention (biases, sinks).
+        CannotShareError: the model asks for something else in its attention (biases, sinks).
     """
     active = _ACTIVE.get()
     assert active is not None, "attention outside of `attending`"
@@ -201,9 +201,8 @@ def attend(  # noqa: PLR0913 - the signature is Hugging Face's
     if attention_mask is not None:
         asked.append("attention_mask")
     if asked:
-        raise ValueError(
-            f"model_type {module.config.model_type!r} asks for {', '.join(asked)} in its attention, which sharing a "
-            "prompt's keys and values does not provide; take a model without."
+        raise CannotShareError(
+            module.config, f"its attention asks for {', '.join(asked)}, which shared keys do not give"
         )
     active.windowed |= sliding_window is not None
     layer, active.layers = active.layers, active.layers + 1

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from esrl.algorithm.log_probs import Projection, as_autocast
+from esrl.algorithm.log_probs import Projection, as_autocast, soft_cap
 
 MAX_PACKED = 1 << 25
 """Weights of more numbers than this (128 MB) are not copied: a vocabulary of 250,000 would double its memory."""
@@ -55,13 +55,14 @@ class FrozenProjection:
     """A ``Projection`` whose weight does not change."""
 
     def __init__(self, projection: Projection) -> None:
-        self.vocabulary = projection.vocabulary
+        self.vocabulary, self.cap = projection.vocabulary, projection.cap
         self._linear = FrozenLinear(projection.weight, projection.bias)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, D) -> (N, V), in at least float32."""
         logits = self._linear(hidden)
-        return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+        logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+        return logits if self.cap is None else soft_cap(logits, self.cap)[0]
 
 
 def _pack(weight: Tensor) -> Any:

@@ -12,7 +12,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from esrl.models import seq2seq
 from esrl.models.adapters import ADAPTER_CONFIG, base_of, load_adapter
 from esrl.models.causal import CausalPolicy
-from esrl.models.causal_support import TESTED
+from esrl.models.causal_plain import PlainCausalPolicy
+from esrl.models.causal_support import TESTED, CannotShareError
 from esrl.models.folders import read_config, read_tokenizer, read_weights
 from esrl.models.seq2seq import MarianPolicy
 
@@ -49,13 +50,20 @@ def is_causal(config: Any) -> bool:
 
 
 def causal_policy(path: str | Path, model: Any) -> CausalPolicy:
-    """A folder's causal model with its tokenizer.
+    """A folder's causal model with its tokenizer: prompts shared where they can be, run anew for each sample otherwise.
 
     Raises:
         ValueError: no tokenizer that fits, or a model that is not supported.
     """
     tokenizer = read_tokenizer(path, model.config.vocab_size, _KIND)
     try:
-        return CausalPolicy(model, tokenizer)
+        return _shared_or_plain(model, tokenizer)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _shared_or_plain(model: Any, tokenizer: Any) -> CausalPolicy:
+    try:
+        return CausalPolicy(model, tokenizer)
+    except CannotShareError as error:
+        return PlainCausalPolicy(model, tokenizer, error)

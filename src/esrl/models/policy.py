@@ -95,6 +95,8 @@ class Policy(Protocol):
     eos_tokens: tuple[int, ...]
     max_length: int
     vocabulary: int
+    notice: str | None
+    """What a user should be told about how this model is run."""
 
     @property
     def device(self) -> torch.device: ...

@@ -31,6 +31,8 @@ _ENCODED_TOKENS = 2048
 class MarianPolicy:
     """A ``MarianMTModel`` and its tokenizer as a policy."""
 
+    notice: str | None = None
+
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model: Any = model
         self.tokenizer = tokenizer

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from esrl.data.stops import stop_rows
 from esrl.models.causal import CausalPolicy
+from esrl.models.causal_plain import PlainCausalPolicy
 from esrl.models.precision import in_precision
 from esrl.models.seq2seq import MarianPolicy
 from esrl.sampling.stops import decoder
@@ -23,7 +25,24 @@ from esrl.types import Prompts
 def generate_tokens(
     policy: MarianPolicy | CausalPolicy, prompts: Prompts, max_new_tokens: int, **options: Any
 ) -> Tensor:
-    """(rows, length) new tokens, padded behind the first end-of-sequence; suppressed tokens as in the engine."""
+    """(P, length) new tokens, padded behind the first end-of-sequence; suppressed tokens as in the engine."""
+    if not isinstance(policy, PlainCausalPolicy):
+        return _generate(policy, prompts, max_new_tokens, options)
+    # Recurrent layers may read padding as they read text, so prompts of one length go together, without any; and not
+    # every cache gives what whole sequences do (RecurrentGemma's keeps the states of earlier calls).
+    options["use_cache"] = False
+    lengths = prompts.mask.sum(1)
+    found: dict[int, Tensor] = {}
+    for length in lengths.unique().tolist():
+        members = (lengths == length).nonzero()[:, 0].tolist()
+        rows = _generate(policy, prompts.select(members), max_new_tokens, options)
+        found |= dict(zip(members, rows, strict=True))
+    return pad_sequence([found[i] for i in range(len(prompts))], batch_first=True, padding_value=policy.pad_token)
+
+
+def _generate(
+    policy: MarianPolicy | CausalPolicy, prompts: Prompts, max_new_tokens: int, options: dict[str, Any]
+) -> Tensor:
     model = policy.model
     tokens, mask, start = prompts.input_ids, prompts.mask, 1
     if isinstance(policy, CausalPolicy):

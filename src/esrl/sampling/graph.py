@@ -14,6 +14,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from esrl.algorithm.streams import sample_uniforms
 from esrl.models.causal import CausalPolicy
+from esrl.models.causal_plain import PlainCausalPolicy
 from esrl.models.precision import in_precision
 from esrl.models.seq2seq import MarianPolicy
 from esrl.sampling.draw import invert_cumulative
@@ -48,7 +49,9 @@ def sample_with_graph(
     uniforms = sample_uniforms(sampler.seed, epoch, ids, sample.tolist(), steps).to(device)
     temperature = plan.temperature[owner].to(device)
     projection, truncation = policy.projection(), sampler.config.truncation
-    if isinstance(policy, CausalPolicy):
+    if isinstance(policy, PlainCausalPolicy):
+        step = _plain_steps(policy, prompts, owner.to(device))
+    elif isinstance(policy, CausalPolicy):
         step = _causal_steps(policy, prompts, owner.to(device))
     else:
         step = _marian_steps(policy, prompts, owner.to(device))
@@ -140,5 +143,17 @@ def _causal_steps(policy: CausalPolicy, prompts: Prompts, owner: Tensor) -> Call
         )
         hidden: Tensor = output.last_hidden_state[:, -1]
         return hidden
+
+    return step
+
+
+def _plain_steps(policy: PlainCausalPolicy, prompts: Prompts, owner: Tensor) -> Callable[[Tensor], Tensor]:
+    """The same for a model that runs whole sequences: each step keeps the graph of all that it has run anew."""
+    state = policy.encode(prompts)
+    said: list[Tensor] = []
+
+    def step(tokens: Tensor) -> Tensor:
+        said.append(tokens)
+        return policy.hidden_states(state, owner, torch.stack(said, 1))[:, -1]
 
     return step
