@@ -27,7 +27,7 @@ from esrl.benchmark.contestants import CONTESTANTS, Contestant, Job, JobKind
 from esrl.benchmark.language_steps import LANGUAGE_STEPS
 from esrl.benchmark.steps import STEPS, StepContestant
 
-TURN_SECONDS = 1.0
+TURN_SECONDS = 3.0
 """A turn lasts at least this long."""
 
 _SEEDS_PER_TURN = 1_000_000
