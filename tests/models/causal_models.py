@@ -235,7 +235,7 @@ def side_by_side(frozen: Any, policy: CausalPolicy, prompts: Prompts, answers: T
     seen: Seen = {}
     for step in range(14):
         if step in begins:
-            decoder = _join(frozen, decoder, state, PROMPT_INDEX[begins[step]])
+            decoder = join(frozen, decoder, state, PROMPT_INDEX[begins[step]])
             waves.append(begins[step])
             position |= dict.fromkeys(begins[step], 0)
         if step in stays:
@@ -251,7 +251,7 @@ def side_by_side(frozen: Any, policy: CausalPolicy, prompts: Prompts, answers: T
     return seen
 
 
-def _join(frozen: Any, decoder: Any, state: PromptState, prompt_index: Tensor) -> Any:
+def join(frozen: Any, decoder: Any, state: PromptState, prompt_index: Tensor) -> Any:
     """Let rows begin, with the state of their prompts alone."""
     used, local = torch.unique(prompt_index, return_inverse=True)
     if decoder is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from causal_models import join
 from transformers import AutoTokenizer, MarianMTModel
 
 from esrl.models import seq2seq
@@ -196,11 +197,7 @@ def test_waves_side_by_side_equal_the_parallel_forward(random64, prompts):
         parallel = random64.hidden_states(state, PROMPT_INDEX, inputs)
     for step in range(25):
         if step in begins:
-            used, local = torch.unique(PROMPT_INDEX[begins[step]], return_inverse=True)
-            if decoder is None:
-                decoder = frozen.start(state.select(used), local)
-            else:
-                decoder.join(state.select(used), local)
+            decoder = join(frozen, decoder, state, PROMPT_INDEX[begins[step]])
             waves.append(begins[step])
             position |= dict.fromkeys(begins[step], 0)
         if step in stays:
