@@ -316,6 +316,15 @@ def test_a_method_without_its_settings_is_refused():
     assert RLConfig(objective=ObjectiveConfig(kind="mrt"), **parts).method == "esrl"
 
 
+def test_scoring_at_the_sampling_temperature_needs_the_whole_vocabulary():
+    scored = {"objective": {"score_temperature": "sampling"}}
+    assert esrl.rl_config("esrl", **MINIMAL, **scored).sampling.truncation is None
+    for cut in ({"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}):
+        with pytest.raises(ValueError, match=r"score_temperature is .*top_p or min_p draw from a part of it"):
+            esrl.rl_config("esrl", **MINIMAL, **scored, sampling=cut)
+        assert esrl.rl_config("esrl", **MINIMAL, sampling=cut).sampling.truncation is not None
+
+
 def test_public_names_are_there():
     assert all(getattr(esrl, name) is not None for name in esrl.__all__)
 
