@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from esrl.algorithm.products import linear
+
 _LOG2_E = math.log2(math.e)
 
 MAX_LOGITS = 1 << 22
@@ -41,7 +43,7 @@ class Projection:
 
     def with_slope(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """The same, and (N, V) how steep the cap is there; None without a cap."""
-        logits = functional.linear(hidden, self.weight, self.bias)
+        logits = linear(hidden, self.weight, self.bias)
         logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
         return (logits, None) if self.cap is None else soft_cap(logits, self.cap)
 

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from esrl.algorithm import products
 from esrl.algorithm.log_probs import Projection, as_autocast, soft_cap
 
 MAX_PACKED = 1 << 25
@@ -40,14 +40,14 @@ class FrozenLinear(nn.Module):
         """(..., D) -> (..., N); ``residual`` is added to the result, after the activation."""
         hidden = hidden.to(self.weight.dtype)
         if self._packed is None:
-            product = functional.linear(hidden, self.weight, self.bias)
+            product = products.linear(hidden, self.weight, self.bias)
             product = product.relu_() if self.activation == "relu" else product
         else:
             linear = torch.ops.mkldnn._linear_pointwise
             if residual is not None and residual.dtype == hidden.dtype and self.activation == "none":
                 total: Tensor = linear.binary(hidden, residual, self._packed, self.bias, "add")
                 return total
-            product = linear(hidden, self._packed, self.bias, self.activation, [], "")
+            product = linear.default(hidden, self._packed, self.bias, self.activation, [], "")
         return product if residual is None else residual + product  # in the wider of their types
 
 

@@ -18,7 +18,7 @@ from transformers import MarianConfig, MarianMTModel
 from esrl.algorithm.log_probs import Projection
 from esrl.models.cached_decoder import FrozenMarianDecoder
 from esrl.models.folders import read_config, read_tokenizer, read_weights
-from esrl.models.frozen import frozen_linear, merged_linear, twin
+from esrl.models.frozen import merged_linear, twin
 from esrl.models.groups import PromptGroups
 from esrl.models.policy import PromptState
 from esrl.models.precision import Precision, in_precision
@@ -82,22 +82,19 @@ class MarianPolicy:
         """Encode each prompt once; keys and values of all cross-attentions are computed here and shared."""
         attentions = [layer.encoder_attn for layer in self._layers]
         projections = [(attention.k_proj, attention.v_proj) for attention in attentions]
-        encoder = self.plain.get_encoder()
         # in parts, dropout would draw other masks than the pass with a graph that replays them
         fixed = torch.is_grad_enabled() or self.model.training or self.device.type != "cpu"
-        # for few tokens it takes longer to lay out the weights than it saves
         if fixed or prompts.mask.numel() <= _ENCODED_TOKENS:
-            return self._encode(prompts, encoder, projections)
-        encoder = twin(encoder, frozen_linear)
-        projections = [(frozen_linear(key), frozen_linear(value)) for key, value in projections]
+            return self._encode(prompts, projections)
         # what a part makes fits into memory that is used again and again; fresh pages cost a tenth of the time
         size = max(1, _ENCODED_TOKENS // prompts.mask.shape[1])
         parts = [list(range(start, min(start + size, len(prompts)))) for start in range(0, len(prompts), size)]
-        return PromptState.join([self._encode(prompts.select(part), encoder, projections) for part in parts])
+        return PromptState.join([self._encode(prompts.select(part), projections) for part in parts])
 
-    def _encode(self, prompts: Prompts, encoder: Any, projections: list[tuple[Any, Any]]) -> PromptState:
-        """By this encoder and each layer's projections of keys and values."""
+    def _encode(self, prompts: Prompts, projections: list[tuple[Any, Any]]) -> PromptState:
+        """By each layer's projections to keys and values."""
         mask, heads = prompts.mask.to(self.device), self._layers[0].encoder_attn.num_heads
+        encoder = self.plain.get_encoder()
         states = encoder(input_ids=prompts.input_ids.to(self.device), attention_mask=mask).last_hidden_state
         return PromptState(
             keys=tuple(_laid_out(project(states), heads) for project, _ in projections),

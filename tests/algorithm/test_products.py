@@ -1,0 +1,115 @@
+"""Linear layers in oneDNN against PyTorch's own (the slow twin), gradients included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from esrl.algorithm import products
+from esrl.algorithm.products import FastLinear, linear
+
+WIDTH, OUTPUTS = 300, 260
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts oneDNN's products, so that a test cannot pass by falling back."""
+    counted: list[tuple[int, ...]] = []
+    plain = products._product
+
+    def counting(hidden, weight, bias):
+        counted.append(tuple(weight.shape))
+        return plain(hidden, weight, bias)
+
+    monkeypatch.setattr(products, "_product", counting)
+    return counted
+
+
+def tensors(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    made = [torch.randn(*size, generator=generator) for size in ((*shape, WIDTH), (OUTPUTS, WIDTH), (OUTPUTS,))]
+    return [part.to(dtype).requires_grad_() for part in made]
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("shape", [(1,), (7,), (130,), (3, 5), (2, 3, 4)])
+def test_values_and_gradients_equal_the_plain_ones(shape, with_bias, calls):
+    fast, slow = tensors(shape), tensors(shape)
+    chosen = slice(None) if with_bias else slice(2)
+    found, expected = linear(*fast[chosen]), functional.linear(*slow[chosen])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    outer = torch.randn(found.shape, generator=torch.Generator().manual_seed(2))
+    found.backward(outer)
+    expected.backward(outer)
+    for ours, plain in zip(fast[chosen], slow[chosen], strict=True):
+        assert plain.grad is not None and float(plain.grad.abs().max()) > 1
+        torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-5, atol=1e-4)
+    assert calls == [(OUTPUTS, WIDTH), (WIDTH, OUTPUTS)]
+
+
+def test_a_gradient_that_is_not_contiguous(calls):
+    (hidden, weight, bias), slow = tensors((6, 4)), tensors((6, 4))
+    linear(hidden, weight, bias).transpose(0, 1).flatten(1).pow(2).sum().backward()
+    functional.linear(*slow).transpose(0, 1).flatten(1).pow(2).sum().backward()
+    for ours, plain in zip((hidden, weight, bias), slow, strict=True):
+        torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-4, atol=1e-1)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("learns", range(3))
+def test_only_what_learns_gets_a_gradient(learns, calls):
+    parts = tensors((5,))
+    for i, part in enumerate(parts):
+        part.requires_grad_(i == learns)
+    linear(*parts).sum().backward()
+    assert [part.grad is not None for part in parts] == [i == learns for i in range(3)]
+    assert len(calls) == (2 if learns == 0 else 1)  # the product for the input's gradient is spared, too
+
+
+def test_without_a_graph_nothing_is_kept(calls):
+    with torch.no_grad():
+        found = linear(*tensors((5,)))
+    assert not found.requires_grad and len(calls) == 1
+
+
+def test_suppressed_tokens_stay_impossible(calls):
+    hidden, weight, bias = (part.detach() for part in tensors((5,)))
+    bias[[0, 70]] = -torch.inf
+    assert (linear(hidden, weight, bias) == -torch.inf).nonzero()[:, 1].tolist() == [0, 70] * 5
+    assert calls
+
+
+def test_what_onednn_is_not_for_is_left_to_pytorch(calls, monkeypatch):
+    def equal(*parts):
+        return torch.equal(linear(*parts), functional.linear(*parts))
+
+    assert equal(*tensors((5,), torch.float64)) and equal(*tensors((5,), torch.bfloat16))
+    assert equal(*tensors((0,)))
+    hidden, weight, bias = tensors((5,))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert equal(hidden, weight, bias)
+        assert linear(hidden, weight, bias).dtype == torch.bfloat16
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert equal(hidden, weight, bias)
+    monkeypatch.setattr(products, "MIN_WEIGHTS", weight.numel() + 1)
+    assert equal(hidden, weight, bias)
+    assert not calls
+
+
+def test_every_module_takes_it_within_the_mode(calls):
+    torch.manual_seed(1)
+    layers = nn.Sequential(nn.Linear(WIDTH, OUTPUTS), nn.ReLU(), nn.Linear(OUTPUTS, WIDTH))
+    hidden = torch.randn(9, WIDTH)
+    expected = layers(hidden)
+    assert not calls
+    with FastLinear():
+        found = layers(hidden)
+        again = checkpoint(layers, hidden, use_reentrant=False)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(again, expected, rtol=1e-5, atol=1e-5)
+    assert calls == [(OUTPUTS, WIDTH), (WIDTH, OUTPUTS)] * 2
+    functional.linear(hidden, layers[0].weight)
+    assert len(calls) == 4  # outside all is as it was

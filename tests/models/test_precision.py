@@ -1,0 +1,58 @@
+"""A policy's products in oneDNN: values and gradients are those of PyTorch's own, for both families."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from causal_models import LENGTHS, make_causal, make_ending, make_prompts
+
+from esrl.algorithm import products
+from esrl.sampling.engine import EngineSampler, SamplingConfig
+from esrl.training.gradient import GradientConfig, StageTwo
+
+
+@pytest.mark.parametrize("family", ["marian", "llama", "gemma2", "qwen2"])
+def test_stage_two_in_onednn_is_stage_two(family, tokenizer, make_policy, prompts, make_plan, gradients, monkeypatch):
+    if family == "marian":
+        policy = make_policy(torch.float32, layers=2)
+    else:
+        policy, prompts = make_ending(family, tokenizer, torch.float32), make_prompts(LENGTHS)
+    sampler = EngineSampler(policy, SamplingConfig(max_new_tokens=9), seed=1)
+    rollouts = sampler.sample(prompts, make_plan([3] * len(prompts), 1.0))
+    weights = torch.randn(rollouts.tokens.shape, generator=torch.Generator().manual_seed(2)) * rollouts.mask
+    stage_two = StageTwo(policy, GradientConfig())
+    shapes = set()
+    plain = products._product
+
+    def counting(hidden, weight, bias):
+        shapes.add(tuple(weight.shape))
+        return plain(hidden, weight, bias)
+
+    monkeypatch.setattr(products, "_product", counting)
+
+    def work() -> None:
+        stage_two.backward(prompts, rollouts, weights, None, 0)
+
+    with torch.backends.mkldnn.flags(enabled=False):
+        scores = stage_two.log_probs(prompts, rollouts, None, 0)
+        expected = gradients(policy.model, work)
+    assert not shapes
+    monkeypatch.setattr(products, "MIN_WEIGHTS", 1)
+    torch.testing.assert_close(stage_two.log_probs(prompts, rollouts, None, 0), scores, rtol=0, atol=1e-4)
+    found = gradients(policy.model, work)
+    # every linear layer has been through it, there and back
+    layers = {tuple(p.shape) for name, p in policy.model.named_parameters() if name.endswith("proj.weight")}
+    assert layers and layers <= shapes and {shape[::-1] for shape in layers} <= shapes
+    assert tuple(policy.projection().weight.shape) in shapes
+    assert found.keys() == expected.keys()
+    assert max(float(value.abs().max()) for value in expected.values()) > 1e-1
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name].to_dense(), value.to_dense(), rtol=1e-3, atol=1e-3, msg=name)
+
+
+def test_afterwards_linear_layers_are_pytorchs_again(tokenizer, monkeypatch):
+    policy = make_causal("llama", tokenizer, torch.float32)
+    monkeypatch.setattr(products, "MIN_WEIGHTS", 1)
+    policy.encode(make_prompts(LENGTHS))
+    monkeypatch.setattr(products, "_product", None)  # would fail
+    policy.model(input_ids=torch.ones(1, 3, dtype=torch.int64))
