@@ -17,6 +17,9 @@ from torch.overrides import TorchFunctionMode
 MIN_WEIGHTS = 1 << 16
 """A smaller weight (256 x 256) is not worth a kernel, of which oneDNN makes one for each number of rows."""
 
+ROWS = 32
+"""Rows are filled up to a multiple of it."""
+
 
 def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``functional.linear``: (..., D), (N, D), (N,) -> (..., N); differentiable once where oneDNN computes it."""
@@ -57,8 +60,12 @@ class _Linear(torch.autograd.Function):
 
 
 def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    product: Tensor = torch.ops.mkldnn._linear_pointwise.default(hidden, weight, bias, "none", [], "")
-    return product
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    rows = len(flat)
+    # oneDNN makes and keeps kernels for each number of rows, so there may be but few different ones
+    flat = functional.pad(flat, (0, 0, 0, -rows % ROWS))
+    product: Tensor = torch.ops.mkldnn._linear_pointwise.default(flat, weight, bias, "none", [], "")
+    return product[:rows].view(*hidden.shape[:-1], -1)
 
 
 def _fits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
