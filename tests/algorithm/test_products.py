@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from esrl.algorithm import products
@@ -113,3 +114,19 @@ def test_every_module_takes_it_within_the_mode(calls):
     assert calls == [(OUTPUTS, WIDTH), (WIDTH, OUTPUTS)] * 2
     functional.linear(hidden, layers[0].weight)
     assert len(calls) == 4  # outside all is as it was
+
+
+def test_kernels_are_made_for_few_numbers_of_rows():
+    rows = set()
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.mkldnn._linear_pointwise.default:
+                rows.add(args[0].shape[0])
+            return func(*args, **(kwargs or {}))
+
+    hidden, weight, bias = tensors((100,))
+    with Seen():
+        for count in range(1, 101):
+            linear(hidden[:count], weight, bias).sum().backward()
+    assert rows == {32, 64, 96, 128}
