@@ -63,7 +63,8 @@ def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     flat = hidden.reshape(-1, hidden.shape[-1])
     rows = len(flat)
     # oneDNN makes and keeps kernels for each number of rows, so there may be but few different ones
-    flat = functional.pad(flat, (0, 0, 0, -rows % ROWS))
+    if rows % ROWS:
+        flat = functional.pad(flat, (0, 0, 0, -rows % ROWS))
     product: Tensor = torch.ops.mkldnn._linear_pointwise.default(flat, weight, bias, "none", [], "")
     return product[:rows].view(*hidden.shape[:-1], -1)
 
