@@ -1,7 +1,7 @@
 """Linear layers with a gradient, in oneDNN where PyTorch takes MKL.
 
 On CPUs PyTorch sends products in float32 to MKL. oneDNN's kernels are up to twice as fast at the sizes of both stages
-(docs/performance.md), on weights as they are: nothing is laid out or copied.
+(docs/performance.md), on weights as they are.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 MIN_WEIGHTS = 1 << 16
-"""A smaller weight (256 x 256) is not worth a kernel, of which oneDNN makes one for each number of rows."""
+"""Smaller weights (below 256 x 256) are not worth a kernel of their own."""
 
 ROWS = 32
-"""Rows are filled up to a multiple of it."""
+"""Rows are filled up to a multiple of it: oneDNN makes and keeps kernels for each number of rows."""
 
 
 def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -62,7 +62,6 @@ class _Linear(torch.autograd.Function):
 def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     flat = hidden.reshape(-1, hidden.shape[-1])
     rows = len(flat)
-    # oneDNN makes and keeps kernels for each number of rows, so there may be but few different ones
     if rows % ROWS:
         flat = functional.pad(flat, (0, 0, 0, -rows % ROWS))
     product: Tensor = torch.ops.mkldnn._linear_pointwise.default(flat, weight, bias, "none", [], "")
