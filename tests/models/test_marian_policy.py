@@ -13,7 +13,7 @@ import torch
 from causal_models import join
 from transformers import AutoTokenizer, MarianMTModel
 
-from esrl.models import seq2seq
+from esrl.models import cached_decoder, seq2seq
 from esrl.models.policy import PromptState
 from esrl.models.seq2seq import MarianPolicy, Preset, _CrossAttention, load_policy, merge_heads, new_policy, split_heads
 from esrl.models.tokenizer import train_tokenizer
@@ -29,6 +29,12 @@ def decoder_inputs(policy: MarianPolicy, rows: int, width: int, seed: int = 0) -
 
 
 PROMPT_INDEX = torch.tensor([0, 0, 0, 2, 3, 3, 4, 5, 6, 6, 6, 6, 9])  # ragged; prompts 1, 7 and 8 have no row
+
+
+@pytest.fixture(params=["products", "fused"])
+def each_attention(request, monkeypatch):
+    """Both ways in which stage one computes attention on CPUs, whatever the number of queries."""
+    monkeypatch.setattr(cached_decoder, "FEW_QUERIES", 0 if request.param == "products" else 10**6)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +172,7 @@ def cached_logits(policy: MarianPolicy, prompts: Prompts, index: torch.Tensor, i
     return seen, decoder
 
 
+@pytest.mark.usefixtures("each_attention")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 2e-4)])
 def test_cached_steps_equal_the_parallel_forward(make_policy, prompts, dtype, tolerance):
     """37 positions: the cache starts with room for 8 and grows to 16, 24, 32, 48. Meanwhile rows and prompts leave."""
@@ -186,6 +193,7 @@ def test_cached_steps_equal_the_parallel_forward(make_policy, prompts, dtype, to
     assert worst < tolerance
 
 
+@pytest.mark.usefixtures("each_attention")
 def test_waves_side_by_side_equal_the_parallel_forward(random64, prompts):
     """Rows that begin at steps 0, 3 and 10, each wave with its own prompts; rows leave, then a whole wave."""
     begins = {0: [0, 1, 2, 3, 4], 3: [5, 6, 7, 8], 10: [9, 10, 11, 12]}
@@ -213,6 +221,7 @@ def test_waves_side_by_side_equal_the_parallel_forward(random64, prompts):
     assert position[8] == 22 and position[0] == 14 and position[11] == 15
 
 
+@pytest.mark.usefixtures("each_attention")
 def test_cached_steps_without_source_padding_and_with_full_groups(random64, prompts):
     """No mask and no gaps: the branches without padding, where every prompt has the same number of rows."""
     same = prompts.select([i for i in range(len(prompts)) if int(prompts.mask[i].sum()) == int(prompts.mask[0].sum())])

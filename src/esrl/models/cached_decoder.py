@@ -21,6 +21,9 @@ from esrl.models.linear import FrozenLinear, FrozenProjection
 from esrl.models.policy import PromptState
 from esrl.models.row_cache import RowCache, Waves
 
+FEW_QUERIES = 32
+"""Up to so many queries of all prompts together, the fused kernel computes attention on CPUs."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
@@ -162,16 +165,16 @@ class CachedDecoder:
 def attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
     """Scaled dot-product attention: (B, H, Q, d), (B, H, S, d) twice -> (B, H, Q, d).
 
-    On CPUs, PyTorch's fused kernel is slower than two batched products while there are few queries
-    (docs/performance.md).
+    On CPUs, PyTorch's fused kernel is slower than two batched products, but one operation instead of six: it pays
+    where there is little to compute (docs/performance.md).
 
     Args:
         mask: broadcasts to (B, H, Q, S); True where attention may look.
     """
-    if query.is_cuda:
+    batch, heads, queries, width = query.shape
+    if query.is_cuda or batch * queries <= FEW_QUERIES:
         return functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
     # in three dimensions: `matmul` would look for a way to broadcast, at each of many small steps
-    batch, heads, queries, width = query.shape
     flat = (batch * heads, -1, width)
     scores = torch.bmm(query.reshape(flat).mul(width**-0.5), _flat(keys).transpose(1, 2))
     if mask is not None:
