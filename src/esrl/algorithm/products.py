@@ -18,7 +18,7 @@ MIN_WEIGHTS = 1 << 16
 """Smaller weights (below 256 x 256) are not worth a kernel of their own."""
 
 ROWS = 32
-"""Rows are filled up to a multiple of it: oneDNN makes and keeps kernels for each number of rows."""
+"""Rows are filled up to a multiple of it, few of them of 8: oneDNN makes and keeps kernels for each number of rows."""
 
 
 def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -62,8 +62,9 @@ class _Linear(torch.autograd.Function):
 def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     flat = hidden.reshape(-1, hidden.shape[-1])
     rows = len(flat)
-    if rows % ROWS:
-        flat = functional.pad(flat, (0, 0, 0, -rows % ROWS))
+    step = ROWS if rows > 64 else min(rows, 8)
+    if rows % step:
+        flat = functional.pad(flat, (0, 0, 0, -rows % step))
     product: Tensor = torch.ops.mkldnn._linear_pointwise.default(flat, weight, bias, "none", [], "")
     return product[:rows].view(*hidden.shape[:-1], -1)
 

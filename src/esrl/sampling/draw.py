@@ -116,6 +116,8 @@ def draw_tokens(
 
 def _draw_chunk(logits: Tensor, temperature: Temperature, uniforms: Tensor, records: tuple[str, ...]) -> Drawn:
     logits -= logits.amax(1, keepdim=True)
+    if temperature.plain and temperature.truncation is None and not records:
+        return _draw_in_place(logits, uniforms)
     weights = exponential(logits)
     # where nothing changes the weights, the draw has their sum anyway
     log_norm = None if temperature.plain and temperature.truncation is None else weights.sum(1).log()
@@ -140,6 +142,14 @@ def _draw_chunk(logits: Tensor, temperature: Temperature, uniforms: Tensor, reco
     assert log_norm is not None
     log_probs = logits.gather(1, tokens[:, None])[:, 0] - log_norm
     return Drawn(tokens, log_probs, sampling, {name: _record(name, logits, log_norm) for name in records})
+
+
+def _draw_in_place(shifted: Tensor, uniforms: Tensor) -> Drawn:
+    """At temperature 1 the log-probability is the drawn weight's logarithm: the logits need not be kept."""
+    weights = exponential(shifted, out=shifted)
+    tokens, log_total = invert_cumulative(weights, uniforms)
+    log_probs = weights.gather(1, tokens[:, None])[:, 0].log() - log_total
+    return Drawn(tokens, log_probs, log_probs, {})
 
 
 def invert_cumulative(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
