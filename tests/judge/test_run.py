@@ -235,7 +235,8 @@ def test_equal_answers_are_asked_about_once(serve, comparison):
 
 
 CHILD = """
-import json, sys
+import json, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests in the background has it ignored
 from pathlib import Path
 from esrl.judge import JudgeConfig, run_judge
 from esrl.settings import build
