@@ -116,11 +116,12 @@ def draw_tokens(
 
 def _draw_chunk(logits: Tensor, temperature: Temperature, uniforms: Tensor, records: tuple[str, ...]) -> Drawn:
     logits -= logits.amax(1, keepdim=True)
-    if temperature.plain and temperature.truncation is None and not records:
+    untouched = temperature.plain and temperature.truncation is None
+    if untouched and not records:
         return _draw_in_place(logits, uniforms)
     weights = exponential(logits)
     # where nothing changes the weights, the draw has their sum anyway
-    log_norm = None if temperature.plain and temperature.truncation is None else weights.sum(1).log()
+    log_norm = None if untouched else weights.sum(1).log()
     if temperature.greedy:
         tokens = logits.argmax(1)
         sampling = torch.zeros_like(uniforms, dtype=logits.dtype)
