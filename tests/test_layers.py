@@ -15,7 +15,7 @@ ROOT = Path(esrl.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 # lowest first; parts on one level do not know each other
 LEVELS = [
-    {"types", "errors", "settings"},
+    {"types", "errors", "settings", "kernels"},
     {"algorithm"},
     {"models", "data"},
     {"rewards"},

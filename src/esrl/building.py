@@ -16,6 +16,7 @@ from esrl.data.encoding import Encoder, PromptConfig, limit_prompts, within_posi
 from esrl.data.examples import Example, LengthReport, limit_lengths
 from esrl.data.preferences import ScoreEncoder, score_encoder
 from esrl.evaluation.development import Development
+from esrl.kernels import why_not
 from esrl.models import adapters
 from esrl.models.adapters import LoraSettings, add_adapter
 from esrl.models.causal import CAUSAL_PRESETS, CausalPolicy, new_causal
@@ -115,6 +116,8 @@ def tell_notice(policy: MarianPolicy | CausalPolicy, show: bool) -> None:
     """Say what a user should know of how this model is run, where there is something."""
     if show and policy.notice is not None:
         say(policy.notice)
+    if show and policy.device.type == "cpu" and why_not() is not None:
+        say(f"Sampling runs without compiled kernels, up to 2.5 times as long (docs/performance.md): {why_not()}.")
 
 
 def with_adapters(

@@ -7,8 +7,18 @@ import torch
 from torch.nn import functional
 
 from esrl.algorithm.log_probs import Projection
+from esrl.kernels import kernels, why_not
 from esrl.models import linear
 from esrl.models.linear import FrozenLinear, FrozenProjection
+
+
+@pytest.fixture(params=["compiled", "oneDNN"])
+def each_way(request, monkeypatch):
+    """With the compiled kernels and without."""
+    if request.param == "oneDNN":
+        monkeypatch.setattr(linear, "kernels", lambda: None)
+    elif kernels() is None:
+        pytest.skip(f"no compiled kernels: {why_not()}")
 
 
 def weights(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -17,6 +27,7 @@ def weights(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     return weight, torch.randn(70, generator=generator, dtype=torch.float64).to(dtype)
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("activation", ["none", "relu"])
 @pytest.mark.parametrize("rows", [1, 3, 16, 130])
 @pytest.mark.parametrize(
@@ -29,10 +40,16 @@ def test_it_equals_the_plain_product(dtype, tolerance, rows, activation):
     expected = plain.relu() if activation == "relu" else plain
     frozen = FrozenLinear(weight, bias, activation)
     torch.testing.assert_close(frozen(hidden), expected, rtol=0, atol=tolerance)
-    packed = {torch.float32: True, torch.float64: False, torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported()}
+    packed = {
+        torch.float32: linear.kernels() is None,
+        torch.float64: False,
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    }
     assert (frozen._packed is not None) == packed[dtype]  # else the fast way was not tried at all
+    assert (frozen.compiled is not None) == (dtype == torch.float32 and linear.kernels() is not None)
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("activation", ["none", "relu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_residual_is_added_after_the_activation(dtype, activation):
@@ -59,6 +76,7 @@ def test_within_autocast_products_are_in_bfloat16_and_residuals_stay_wide():
     assert torch.equal(total, residual + found)  # in float32
 
 
+@pytest.mark.usefixtures("each_way")
 def test_without_bias_and_with_suppressed_tokens():
     weight, bias = weights(torch.float32)
     hidden = torch.ones(5, 48)
@@ -72,7 +90,7 @@ def test_large_weights_are_not_copied(monkeypatch):
     weight, bias = weights(torch.float32)
     monkeypatch.setattr(linear, "MAX_PACKED", weight.numel() - 1)
     frozen = FrozenLinear(weight, bias)
-    assert frozen._packed is None and frozen.weight.data_ptr() == weight.data_ptr()
+    assert frozen._packed is None and frozen.compiled is None and frozen.weight.data_ptr() == weight.data_ptr()
     torch.testing.assert_close(frozen(torch.ones(2, 48)), functional.linear(torch.ones(2, 48), weight, bias))
 
 

@@ -124,7 +124,7 @@ def test_waves_side_by_side_change_nothing_in_float64(random64, prompts, make_pl
     assert len({len(row["tokens"]) for row in expected.values()}) > 5
     if few_looks:
         pace = EngineSampler._pace
-        monkeypatch.setattr(EngineSampler, "_pace", lambda self: replace(pace(self), check_steps=8))
+        monkeypatch.setattr(EngineSampler, "_pace", lambda self, frozen: replace(pace(self, frozen), check_steps=8))
     found = sample(random64, prompts, plan, max_cache_tokens=16 * STEPS, **common)
     assert_same(rows_by_name(found, prompts.example_ids), expected)
 
@@ -409,12 +409,15 @@ def test_more_tokens_than_positions_are_refused(random64):
         EngineSampler(random64, SamplingConfig(max_new_tokens=41), 0)
 
 
-@given(st.lists(st.booleans(), min_size=1, max_size=200).filter(lambda done: not all(done)))
+@given(
+    st.lists(st.booleans(), min_size=1, max_size=200).filter(lambda done: not all(done)),
+    st.sampled_from(["few", "any"]),
+)
 @settings(max_examples=200, deadline=None)
-def test_rows_that_have_ended_are_overwritten_by_the_last_ones(ended):
+def test_rows_that_have_ended_are_overwritten_by_the_last_ones(ended, sizes):
     """All rows that go on are kept, once each; of them only those behind the new end change place."""
     done = torch.tensor(ended)
-    size = min(batch_size(int((~done).sum())), len(done))
+    size = min(batch_size(int((~done).sum()), sizes), len(done))
     order = _survivors(done, size).tolist()
     assert len(order) == len(set(order)) == size
     going_on = {row for row, end in enumerate(ended) if not end}
@@ -429,7 +432,7 @@ def test_rows_of_every_wave_that_go_on_are_kept(waves):
     done = [[end or over for end in ended] for ended, over in waves]
     sizes, over = [len(wave) for wave in done], [over for _, over in waves]
     going_on = sum(not end for wave in done for end in wave)
-    size = batch_size(going_on)
+    size = batch_size(going_on, "few")
     kept = [rows.tolist() for rows in survivors(torch.tensor(list(itertools.chain(*done))), sizes, over, size)]
     for wave, rows in zip(done, kept, strict=True):
         assert len(set(rows)) == len(rows)
@@ -462,5 +465,9 @@ def test_rows_take_the_places_of_those_that_have_ended(random64, prompts, make_p
 
 
 def test_batch_sizes_are_few():
-    assert [batch_size(rows) for rows in (1, 8, 9, 64, 65, 96, 97)] == [8, 8, 16, 64, 96, 96, 128]
-    assert len({batch_size(rows) for rows in range(1, 321)}) == 16
+    assert [batch_size(rows, "few") for rows in (1, 8, 9, 64, 65, 96, 97)] == [8, 8, 16, 64, 96, 96, 128]
+    assert len({batch_size(rows, "few") for rows in range(1, 321)}) == 16
+
+
+def test_compiled_kernels_take_any_batch_size():
+    assert [batch_size(rows, "any") for rows in (1, 9, 65)] == [1, 9, 65]

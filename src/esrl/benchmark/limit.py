@@ -19,7 +19,7 @@ _SAMPLES = 20
 
 
 def limit(models: list[str], samples: tuple[int, ...] | None, meter: Meter) -> tuple[list[Row], list[Row]]:
-    """Rates of the machine, then of a step's stages: operations counted by PyTorch as they are dispatched."""
+    """Rates of the machine, then of a step's stages: operations counted as they are dispatched."""
     meter.progress("limit: matrix products")
     torch.set_num_threads(meter.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

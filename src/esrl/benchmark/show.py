@@ -53,7 +53,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     load = "" if machine["load"] is None else f", load {machine['load']:.1f}"
     device = machine["cuda"] or f"{machine['processor'] or machine['platform']}, {machine['threads']} threads{load}"
-    console.print(f"{escape(device)}; {escape(versions)}", style="dim", highlight=False)
+    console.print(f"{escape(device)}; {escape(versions)}; {escape(machine['kernels'])}", style="dim", highlight=False)
 
 
 def _apart(section: str) -> bool:
@@ -186,6 +186,6 @@ TABLES: dict[str, tuple[str, list[Column], str]] = {
             ("of the limit", lambda row: f"{100 * row['share']:.0f} %" if "share" in row else ""),
             ("of", lambda row: row["unit"]),
         ],
-        "operations are counted by PyTorch as they are dispatched",
+        "operations are counted as they are dispatched, by PyTorch and by the compiled kernels",
     ),
 }

@@ -24,6 +24,7 @@ from esrl.algorithm.objective_config import ObjectiveConfig, ObjectiveKind, Rewa
 from esrl.algorithm.objectives import coefficients, objective_loss
 from esrl.benchmark.contestants import Generate, Job, load_model, wait
 from esrl.benchmark.workloads import as_prompts
+from esrl.kernels import operations as kernel_operations
 from esrl.models.seq2seq import MarianPolicy
 from esrl.rewards.text import BLEU
 from esrl.sampling.engine import EngineSampler, SamplingConfig, decode_texts
@@ -113,12 +114,15 @@ class StepContestant:
 
     @contextmanager
     def _clock(self, stage: str) -> Iterator[None]:
-        start, before = time.perf_counter(), 0 if self.counter is None else self.counter.get_total_flops()
+        start, before = time.perf_counter(), self._counted()
         yield
         wait()
         self.stages[stage] = time.perf_counter() - start
         if self.counter is not None:
-            self.operations[stage] = self.counter.get_total_flops() - before
+            self.operations[stage] = self._counted() - before
+
+    def _counted(self) -> int:
+        return 0 if self.counter is None else self.counter.get_total_flops() + kernel_operations()
 
 
 def make_room(parameters: Iterable[torch.nn.Parameter]) -> None:

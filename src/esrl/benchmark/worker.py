@@ -119,7 +119,7 @@ def _timed(contestant: Contestant, turn: int) -> dict[str, Any]:
 
 
 def _operations(contestant: Contestant, turn: int) -> dict[str, float]:
-    """Per sampled token, by stage: what PyTorch counts; the kernels that it cannot count are turned off for that."""
+    """Per sampled token, by stage: what PyTorch and our kernels count. oneDNN, which nobody counts, is turned off."""
     if not isinstance(contestant, StepContestant):
         return {}
     with torch.backends.mkldnn.flags(enabled=False), FlopCounterMode(display=False) as counter:

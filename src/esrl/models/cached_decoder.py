@@ -18,7 +18,7 @@ from torch.nn import functional
 from esrl.algorithm.log_probs import Projection
 from esrl.models.groups import PromptGroups
 from esrl.models.linear import FrozenLinear, FrozenProjection
-from esrl.models.policy import PromptState
+from esrl.models.policy import BatchSizes, PromptState
 from esrl.models.row_cache import RowCache, Waves
 
 FEW_QUERIES = 32
@@ -82,6 +82,7 @@ class FrozenMarianDecoder:
         self.positions = decoder.embed_positions.weight.detach()
         self.layers = [_Layer.of(layer) for layer in decoder.layers]
         self.projection = FrozenProjection(projection)
+        self.batch_sizes: BatchSizes = "few"
 
     def start(self, state: PromptState, prompt_index: Tensor) -> CachedDecoder:
         return CachedDecoder(self, SourceRows(state, prompt_index))

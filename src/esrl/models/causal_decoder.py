@@ -11,7 +11,7 @@ from esrl.algorithm.log_probs import Projection
 from esrl.models.causal_attention import CausalRows, CausalWaves, attending
 from esrl.models.frozen import frozen_linear, twin
 from esrl.models.linear import FrozenProjection
-from esrl.models.policy import PromptState
+from esrl.models.policy import BatchSizes, PromptState
 
 
 class FrozenCausalDecoder:
@@ -27,6 +27,7 @@ class FrozenCausalDecoder:
     def __init__(self, body: nn.Module, projection: Projection, max_length: int) -> None:
         self.body = twin(body, frozen_linear)
         self.projection = FrozenProjection(projection)
+        self.batch_sizes: BatchSizes = "few" if self.projection.compiled is None else "any"
         self.max_length = max_length
 
     def start(self, state: PromptState, prompt_index: Tensor) -> CausalDecoder:

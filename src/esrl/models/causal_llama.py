@@ -18,7 +18,7 @@ from esrl.algorithm.log_probs import Projection
 from esrl.models.causal_attention import CausalRows, CausalWaves
 from esrl.models.frozen import linear_bias, linear_weight
 from esrl.models.linear import FrozenLinear, FrozenProjection
-from esrl.models.policy import PromptState
+from esrl.models.policy import BatchSizes, PromptState
 
 LAYOUT = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -78,6 +78,7 @@ class FrozenLlamaDecoder:
         self.layers = [_Layer.of(layer, body.config) for layer in body.layers]
         self.norm = _norm(body.norm)
         self.projection = FrozenProjection(projection)
+        self.batch_sizes: BatchSizes = "few" if self.projection.compiled is None else "any"
         self.max_length = max_length
 
     def start(self, state: PromptState, prompt_index: Tensor) -> LlamaDecoder:

@@ -16,7 +16,7 @@ from torch import Tensor
 from esrl.models.causal import CausalPolicy
 from esrl.models.causal_support import CannotShareError, fault_of, longest_sequence, refused
 from esrl.models.linear import FrozenProjection
-from esrl.models.policy import FrozenDecoder, PromptState
+from esrl.models.policy import BatchSizes, FrozenDecoder, PromptState
 from esrl.models.precision import in_precision
 from esrl.types import Prompts
 
@@ -96,6 +96,7 @@ class FrozenPlainDecoder:
     def __init__(self, policy: PlainCausalPolicy) -> None:
         self.policy = policy
         self.projection = FrozenProjection(policy.projection())
+        self.batch_sizes: BatchSizes = "few"
 
     def start(self, state: PromptState, prompt_index: Tensor) -> PlainDecoder:
         decoder = PlainDecoder(self.policy)

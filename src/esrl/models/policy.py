@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from esrl.algorithm.log_probs import Projection
 from esrl.models.linear import FrozenProjection
 from esrl.models.precision import Precision
 from esrl.types import Prompts
+
+BatchSizes = Literal["any", "few"]
+"""Numbers of rows that a decoder takes without preparation: any, or a few that come again and again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,7 @@ class FrozenDecoder(Protocol):
     """The weights of decoder and vocabulary projection as they are now, laid out for stage one."""
 
     projection: FrozenProjection
+    batch_sizes: BatchSizes
 
     def start(self, state: PromptState, prompt_index: Tensor) -> Decoder:
         """Begin to decode a wave of R rows; ``prompt_index`` (R,) gives each row's prompt."""

@@ -17,15 +17,16 @@ from transformers import MarianConfig, MarianMTModel
 
 from esrl.algorithm.log_probs import Projection
 from esrl.models.cached_decoder import FrozenMarianDecoder
+from esrl.models.compiled_decoder import CompiledMarianDecoder, fitting_kernels
 from esrl.models.folders import read_config, read_tokenizer, read_weights
 from esrl.models.frozen import merged_linear, twin
 from esrl.models.groups import PromptGroups
-from esrl.models.policy import PromptState
+from esrl.models.policy import FrozenDecoder, PromptState
 from esrl.models.precision import Precision, in_precision
 from esrl.types import Prompts
 
 SUPPORTED = ("marian",)
-_ENCODED_TOKENS = 2048
+_ENCODED_TOKENS = 4096
 
 
 class MarianPolicy:
@@ -102,10 +103,13 @@ class MarianPolicy:
             mask=mask,
         )
 
-    def frozen_decoder(self) -> FrozenMarianDecoder:
+    def frozen_decoder(self) -> FrozenDecoder:
         decoder = self.plain.model.decoder
+        native = fitting_kernels(decoder)
         if self.plain is not self.model:
             decoder = twin(decoder, merged_linear)
+        if native is not None:
+            return CompiledMarianDecoder(native, decoder, self.projection())
         return FrozenMarianDecoder(decoder, self.projection())
 
     @in_precision

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from esrl.models.policy import Decoder, FrozenDecoder, PromptState
+from esrl.models.policy import BatchSizes, Decoder, FrozenDecoder, PromptState
 from esrl.sampling.draw import Drawn, Temperature, draw_tokens
 
 
@@ -44,7 +44,9 @@ class Pace:
     places: int  # rows decoded at a time
     logits: int  # logits that exist at a time
     check_steps: int  # steps between two looks at how many rows have ended: each look waits for the device
-    compaction_share: float
+    compaction_share: float  # rows that end leave once they are about this share of the batch
+    free_share: float  # and others begin once so many of the places are free
+    batch_sizes: BatchSizes  # that the decoder takes without preparation
 
 
 class Output:
@@ -141,7 +143,7 @@ class Decoding:
         """Let a wave begin where there is room for it."""
         total, free = len(self.work.rows.prompt), self.pace.places - len(self.alive)
         size = min(free, total - self.begun)
-        if size < 1 or size < min(self.pace.places // 2, total - self.begun):
+        if size < 1 or size < min(int(self.pace.free_share * self.pace.places), total - self.begun):
             return False
         new = torch.arange(self.begun, self.begun + size)
         self.begun += size
@@ -182,7 +184,7 @@ class Decoding:
         """Take rows that have ended out of the batch, if they are many, or their wave is at the end of its steps."""
         assert self.decoder is not None
         over = [wave.position == self.steps for wave in self.waves]
-        size = batch_size(len(self.done) - int(self.done.sum()))
+        size = batch_size(len(self.done) - int(self.done.sum()), self.pace.batch_sizes)
         few = size > (1 - self.pace.compaction_share) * len(self.done) or size >= len(self.done)
         if few and not over[0]:
             return
@@ -199,8 +201,10 @@ class Decoding:
         self.waves = [wave for wave in self.waves if wave.size]
 
 
-def batch_size(rows: int) -> int:
-    """A size for so many rows; few different ones, since oneDNN makes a new kernel for each (docs/performance.md)."""
+def batch_size(rows: int, sizes: BatchSizes) -> int:
+    """A size for so many rows; few different ones where oneDNN makes a new kernel for each (docs/performance.md)."""
+    if sizes == "any":
+        return rows
     step = 8 if rows <= 64 else 32
     return -(-rows // step) * step
 

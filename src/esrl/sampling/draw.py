@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from esrl.algorithm.log_probs import exponential
+from esrl.kernels import LaidOut
+from esrl.models.linear import FrozenProjection
 
 _BLOCK = 128
 """Tokens whose weights are summed before the search: a sum is vectorised, a cumulative sum over V is not."""
@@ -100,6 +102,8 @@ def draw_tokens(
         max_logits: logits that exist at a time.
     """
     size = max(1, max_logits // projection.vocabulary)
+    if isinstance(projection, FrozenProjection) and projection.compiled is not None and temperature.truncation is None:
+        return _draw_compiled(hidden, projection.compiled, temperature, uniforms, records, size)
     parts = [
         _draw_chunk(projection.logits(hidden[rows]), temperature.part(rows), uniforms[rows], records)
         for rows in (slice(start, start + size) for start in range(0, hidden.shape[0], size))
@@ -112,6 +116,23 @@ def draw_tokens(
         sampling_log_probs=torch.cat([part.sampling_log_probs for part in parts]),
         records={name: torch.cat([part.records[name] for part in parts]) for name in records},
     )
+
+
+def _draw_compiled(
+    hidden: Tensor,
+    projection: LaidOut,
+    temperature: Temperature,
+    uniforms: Tensor,
+    records: tuple[str, ...],
+    together: int,
+) -> Drawn:
+    """By the kernels: logits and draw in one call, ``together`` rows at a time."""
+    tau = torch.full((len(hidden),), 0.0 if temperature.greedy else 1.0)
+    if not temperature.greedy and not temperature.plain:
+        tau = temperature.values.float()
+    drawn = projection.native.draw(projection, hidden, tau, uniforms.double(), records, together)
+    tokens, log_probs, sampling = (drawn.pop(name) for name in ("tokens", "log_probs", "sampling_log_probs"))
+    return Drawn(tokens, log_probs, sampling, drawn)
 
 
 def _draw_chunk(logits: Tensor, temperature: Temperature, uniforms: Tensor, records: tuple[str, ...]) -> Drawn:

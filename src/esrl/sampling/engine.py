@@ -39,11 +39,12 @@ class SamplingConfig:
     """If set, from those at least this times as probable as the most probable one."""
     max_cache_tokens: int | None = None
     """Rows decoded at a time, times max_new_tokens: bounds the key/value cache whatever k_x is, up to a factor for rows
-    that have ended and room to grow. Unset: 20,480 on CPUs, 524,288 on CUDA."""
+    that have ended and room to grow. Unset: 7,680 on CPUs with compiled kernels, 20,480 without, 524,288 on CUDA."""
     max_prompt_tokens: int = 16384
     """Source tokens encoded at a time, padding included."""
-    compaction_share: float = 0.125
-    """Finished rows are dropped from the batch once they are about this share of it; 0 drops them as soon as can be."""
+    compaction_share: float | None = None
+    """Finished rows are dropped from the batch once they are about this share of it; 0 drops them as soon as can be.
+    Unset: 0.03 with compiled kernels, 0.125 without."""
     max_logits: int | None = None
     """Logits computed at a time. Unset: on CPUs 1,048,576, so that they stay in the cache, but those of 16 rows at
     least; 67,108,864 on CUDA."""
@@ -60,7 +61,7 @@ class SamplingConfig:
             share = getattr(self, name)
             if share is not None and not 0 < share <= 1:
                 raise ValueError(f"{name} is {share}; it must lie in (0, 1], or be left out.")
-        if not 0 <= self.compaction_share <= 1:
+        if self.compaction_share is not None and not 0 <= self.compaction_share <= 1:
             raise ValueError(f"compaction_share is {self.compaction_share}; it must lie in [0, 1].")
 
     @property
@@ -159,17 +160,21 @@ class EngineSampler:
             uniforms=uniforms.to(device),
             temperature=replace(temperature, values=temperature.values.to(device)),
         )
-        return Decoding(frozen, work, self._pace(), self.policy.eos_tokens, request.records).run()
+        return Decoding(frozen, work, self._pace(frozen), self.policy.eos_tokens, request.records).run()
 
-    def _pace(self) -> Pace:
-        """The limits; what is left to the device where the configuration does not say it."""
+    def _pace(self, frozen: FrozenDecoder) -> Pace:
+        """The limits; what is left to device and decoder where the configuration does not say it."""
         config, cuda = self.config, self.policy.device.type == "cuda"
-        cache_tokens = config.max_cache_tokens or (1 << 19 if cuda else 5 << 12)
+        few = frozen.batch_sizes == "few"
+        cache_tokens = config.max_cache_tokens or (1 << 19 if cuda else 20_480 if few else 7_680)
+        share = config.compaction_share
         return Pace(
             places=max(1, cache_tokens // config.max_new_tokens),
             logits=config.max_logits or (1 << 26 if cuda else max(1 << 20, 16 * self.policy.vocabulary)),
             check_steps=8 if cuda else 1,
-            compaction_share=config.compaction_share,
+            compaction_share=(0.125 if few else 0.03) if share is None else share,
+            free_share=0.5 if few else 0.125,
+            batch_sizes=frozen.batch_sizes,
         )
 
     def _uniforms(self, request: _Request, rows: Rows, steps: int) -> Tensor:

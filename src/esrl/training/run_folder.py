@@ -17,6 +17,7 @@ import tomli_w
 import torch
 
 from esrl.errors import StorageError
+from esrl.kernels import why_not
 from esrl.training.checkpoint import Checkpoint, CheckpointStore, pack_json
 from esrl.training.lock import LOCK_NAME, RunLock
 from esrl.training.storage import (
@@ -207,6 +208,7 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "kernels": "compiled kernels" if why_not() is None else f"no compiled kernels: {why_not()}",
         "packages": {name: metadata.version(name) for name in packages},
         "commit": _commit(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],

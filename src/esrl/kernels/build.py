@@ -1,0 +1,121 @@
+"""Compiling the kernels on the user's machine, once, with the compiler that is there.
+
+They are built for this very processor and share PyTorch's threads: a second pool of threads would fight with the first
+for the cores. Without a compiler everything runs on PyTorch's own operations.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+SOURCES = Path(__file__).parent
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-fPIC")
+SECONDS = 300
+"""Longest time for a compiler to take; it needs about five."""
+
+
+class CannotBuildError(Exception):
+    """The kernels cannot be compiled here; says why."""
+
+
+def library() -> Path:
+    """The compiled kernels; they are built if need be.
+
+    Raises:
+        CannotBuildError: no compiler, another system than Linux, a PyTorch without OpenMP, or a compiler that fails.
+    """
+    compiler = _compiler()
+    threads = _openmp()
+    key = hashlib.sha256("\n".join([*FLAGS, _version(compiler), _processor(), str(threads)]).encode())
+    for source in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")]):
+        key.update(source.read_bytes())
+    name = f"kernels-{key.hexdigest()[:16]}.so"
+    for folder in _folders():
+        if (folder / name).is_file():
+            return folder / name
+    folder = _writable()
+    _compile(compiler, threads, folder / name)
+    return folder / name
+
+
+def _compile(compiler: str, threads: Path, to: Path) -> None:
+    """In a file of its own first: other processes may be about to do the same."""
+    with tempfile.TemporaryDirectory(dir=to.parent) as name:
+        made = Path(name) / to.name
+        objects = str(made.with_suffix(".o"))
+        _run([compiler, *FLAGS, "-c", str(SOURCES / "kernels.cpp"), "-o", objects])
+        # PyTorch's OpenMP itself, not the compiler's
+        _run([compiler, "-shared", objects, str(threads), "-o", str(made)])
+        made.replace(to)
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CannotBuildError(f"{command[0]}: {error}") from error
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise CannotBuildError(f"{command[0]}: " + next((line for line in lines if "error" in line), lines[0]))
+
+
+def _compiler() -> str:
+    asked = os.environ.get("CXX")
+    for name in [asked] if asked else ["g++", "c++"]:
+        if found := shutil.which(name):
+            return found
+    raise CannotBuildError(f"no C++ compiler ({asked or 'g++'}) was found")
+
+
+def _version(compiler: str) -> str:
+    try:
+        return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=SECONDS).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CannotBuildError(f"{compiler}: {error}") from error
+
+
+def _processor() -> str:
+    """What ``-march=native`` depends on."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    kept = {line.split(":")[0].strip(): line for line in lines}
+    return "\n".join(kept.get(name, "") for name in ("model name", "flags", "Features"))
+
+
+def _openmp() -> Path:
+    """The OpenMP that PyTorch has loaded."""
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise CannotBuildError("the kernels are built on Linux only") from error
+    paths = {Path(line.split(maxsplit=5)[5]) for line in maps.splitlines() if line.count("/")}
+    found = sorted(path for path in paths if path.name.startswith(("libgomp", "libiomp", "libomp")) and path.is_file())
+    # other packages may bring one of their own
+    found = [path for path in found if path.is_relative_to(Path(torch.__file__).parent)] or found
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise CannotBuildError(f"one OpenMP library should be loaded, but there are: {names}")
+    return found[0]
+
+
+def _folders() -> list[Path]:
+    cache = os.environ.get("XDG_CACHE_HOME")
+    home = Path(cache) if cache else Path(os.path.expanduser("~")) / ".cache"
+    return [home / "esrl", Path(tempfile.gettempdir()) / f"esrl-{os.getuid()}"]
+
+
+def _writable() -> Path:
+    for folder in _folders():
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(folder, os.W_OK) and folder.stat().st_uid == os.getuid():
+            return folder
+    raise CannotBuildError(f"none of {', '.join(map(str, _folders()))} can be written to; set XDG_CACHE_HOME")

@@ -1,0 +1,105 @@
+// The interface of the compiled kernels: plain C, called from Python through ctypes (native.py says what is passed).
+#include <atomic>
+
+#include "draw.h"
+#include "marian.h"
+
+using namespace esrl;
+
+// Multiplications and additions of matrix products and attention so far: PyTorch's counter does not see them.
+static std::atomic<int64_t> operations{0};
+
+static void count(const Linear& l, int64_t rows) { operations += 2 * rows * l.inputs * l.outputs; }
+
+extern "C" {
+
+int64_t esrl_vector() { return W; }
+int64_t esrl_block() { return BLOCK; }
+int64_t esrl_operations() { return operations; }
+
+void esrl_lay_out(const float* weight, int64_t outputs, int64_t inputs, float* to, int64_t threads) {
+#pragma omp parallel num_threads(threads)
+    lay_out(weight, outputs, inputs, to, Team());
+}
+
+void esrl_linear(const Linear* l, float* x, int64_t x_stride, int64_t rows, float* residual, float* out, int64_t threads) {
+    const Rows to{out, l->outputs}, add{residual, l->outputs};
+    count(*l, rows);
+#pragma omp parallel num_threads(threads)
+    linear(*l, {x, x_stride}, rows, to, residual ? &add : nullptr, Team());
+}
+
+void esrl_draw(const Linear* projection, float* states, int64_t stride, int64_t rows, const float* tau,
+               const double* uniforms, int64_t together, float* room, const Drawn* drawn, int64_t threads) {
+    count(*projection, rows);
+#pragma omp parallel num_threads(threads)
+    draw(*projection, {states, stride}, rows, tau, uniforms, together, room, *drawn);
+}
+
+int64_t esrl_room(int64_t outputs) { return (outputs + SUMMED - 1) / SUMMED * SUMMED + W; }
+
+Decoder* esrl_decoder(const Marian* model, int64_t threads) {
+    return new (std::nothrow) Decoder{model, threads, {}, {}, {}, {}, {}};
+}
+
+void esrl_free(Decoder* decoder) { delete decoder; }
+
+// Rows that begin, behind those that are there. 0: no memory.
+int64_t esrl_join(Decoder* decoder, const Prompts* prompts, const int64_t* prompt, int64_t rows) try {
+    for (int64_t r = 0; r < rows; r++) decoder->rows.push_back({prompts, prompt[r], 0, {}});
+    decoder->arrange();
+    return 1;
+} catch (const std::bad_alloc&) {
+    return 0;
+}
+
+// Go on with these rows, in this order; each at most once.
+int64_t esrl_keep(Decoder* decoder, const int64_t* kept, int64_t rows) try {
+    std::vector<Row> next;
+    next.reserve(rows);
+    for (int64_t r = 0; r < rows; r++) next.push_back(std::move(decoder->rows[kept[r]]));
+    for (Row& row : decoder->rows)
+        decoder->free_pages.insert(decoder->free_pages.end(), row.pages.begin(), row.pages.end());
+    decoder->rows = std::move(next);
+    decoder->arrange();
+    return 1;
+} catch (const std::bad_alloc&) {
+    return 0;
+}
+
+// Last tokens -> (rows, width) states for the next ones, `stride` numbers apart. 0: no memory.
+int64_t esrl_step(Decoder* decoder, const int64_t* tokens, float* out, int64_t stride) try {
+    const Marian& model = *decoder->model;
+    const int64_t rows = decoder->rows.size(), width = model.width;
+    for (Row& row : decoder->rows)
+        if (row.position % PAGE == 0) row.pages.push_back(decoder->new_page());
+    // a row's end is not a whole number of pages from the next one's: rows would share a few places in the cache
+    const int64_t wide = 3 * width + W, narrow = width + W, inner = model.inner + W;
+    decoder->room.resize(rows * (wide + narrow + inner));
+    float* at = decoder->room.data();
+    const Rows projected{at, wide}, mixed{at + rows * wide, narrow}, between{at + rows * (wide + narrow), inner};
+    const int64_t vectors = width / model.heads / W;
+#pragma omp parallel num_threads(decoder->threads)
+    {
+        const Rows hidden{out, stride};
+        if (vectors == 1) layers<1>(*decoder, tokens, hidden, projected, mixed, between);
+        if (vectors == 2) layers<2>(*decoder, tokens, hidden, projected, mixed, between);
+        if (vectors == 4) layers<4>(*decoder, tokens, hidden, projected, mixed, between);
+        if (vectors == 8) layers<8>(*decoder, tokens, hidden, projected, mixed, between);
+    }
+    for (int64_t l = 0; l < model.num_layers; l++) {
+        const Layer& layer = model.layers[l];
+        for (const Linear* each : {&layer.query, &layer.key, &layer.value, &layer.mixed, &layer.cross_query,
+                                   &layer.cross_mixed, &layer.inner, &layer.outer})
+            count(*each, rows);
+    }
+    for (Row& row : decoder->rows) {
+        row.position++;
+        operations += 4 * model.num_layers * width * (row.position + row.prompts->length);
+    }
+    return 1;
+} catch (const std::bad_alloc&) {
+    return 0;
+}
+
+}  // extern "C"

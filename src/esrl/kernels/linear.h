@@ -1,0 +1,140 @@
+// Matrix products with weights laid out in blocks of BLOCK outputs: (outputs / BLOCK, inputs, BLOCK).
+//
+// A tile of at most TILE rows times BLOCK outputs stays in registers while the weights stream past once. Each output is
+// the sum of the same numbers in the same order however many rows there are: results do not depend on the batch.
+#pragma once
+#include <omp.h>
+
+#include <algorithm>
+
+#include "vectors.h"
+
+namespace esrl {
+
+constexpr int WIDE = 2;                    // vectors of a block
+constexpr int BLOCK = WIDE * W;            // outputs of a block
+constexpr int TILE = W == 8 ? 6 : 12;      // rows of a tile: 24 sums of 32 registers (12 of 16 with AVX2)
+constexpr int AHEAD = 64;                  // inputs that the prefetch runs ahead
+constexpr long CHAIN = 128;                // inputs summed in one chain; chains are added up: that is more exact
+
+enum Activation : int64_t { NONE = 0, RELU = 1, SILU = 2 };
+
+struct Linear {
+    const float* weight;  // laid out
+    const float* bias;    // filled up to whole blocks
+    int64_t inputs, outputs;
+    int64_t activation;
+};
+
+// Rows of a matrix, `stride` numbers apart.
+struct Rows {
+    float* at;
+    int64_t stride;
+    float* row(int64_t i) const { return at + i * stride; }
+};
+
+// What one thread of a team does of something that is done in equal parts.
+struct Team {
+    int64_t index = omp_get_thread_num(), size = omp_get_num_threads();
+    int64_t begin(int64_t n) const { return n * index / size; }
+    int64_t end(int64_t n) const { return n * (index + 1) / size; }
+};
+
+static inline vec activate(vec x, int64_t activation) {
+    if (activation == RELU) return larger(x, vec{});
+    if (activation == SILU) {
+        const vec small = exp_negative(x < 0 ? x : -x);
+        return x * (x < 0 ? small : all(1)) / (1 + small);
+    }
+    return x;
+}
+
+template <int M>
+static void tile(const Linear& l, int64_t block, Rows x, Rows out, const float* residual, int64_t stride) {
+    vec sum[M][WIDE] = {};
+    const float* w = l.weight + block * BLOCK * l.inputs;
+    for (int64_t from = 0; from < l.inputs; from += CHAIN) {
+        vec part[M][WIDE] = {};
+        const int64_t to = std::min<int64_t>(l.inputs, from + CHAIN);
+#pragma GCC unroll 1
+        for (int64_t i = from; i < to; i++, w += BLOCK) {
+            vec weight[WIDE];
+#pragma GCC unroll 8
+            for (int n = 0; n < WIDE; n++) {
+                __builtin_prefetch(w + AHEAD * BLOCK + n * W);
+                weight[n] = load(w + n * W);
+            }
+#pragma GCC unroll 16
+            for (int m = 0; m < M; m++) {
+                const float value = x.at[m * x.stride + i];
+#pragma GCC unroll 8
+                for (int n = 0; n < WIDE; n++) part[m][n] += value * weight[n];
+            }
+        }
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+            for (int n = 0; n < WIDE; n++) sum[m][n] += part[m][n];
+    }
+    const float* bias = l.bias + block * BLOCK;
+    const int64_t column = block * BLOCK;
+    const int64_t there = std::min<int64_t>(BLOCK, l.outputs - column);
+    for (int m = 0; m < M; m++) {
+        float numbers[BLOCK];
+        for (int n = 0; n < WIDE; n++) store(numbers + n * W, activate(sum[m][n] + load(bias + n * W), l.activation));
+        float* to = out.row(m) + column;
+        const float* add = residual ? residual + m * stride + column : nullptr;
+        if (there == BLOCK) {
+            for (int n = 0; n < WIDE; n++) {
+                const vec value = load(numbers + n * W);
+                store(to + n * W, add ? value + load(add + n * W) : value);
+            }
+        } else {
+            for (int64_t j = 0; j < there; j++) to[j] = add ? numbers[j] + add[j] : numbers[j];
+        }
+    }
+}
+
+template <int M>
+static inline void any_tile(int64_t m, const Linear& l, int64_t block, Rows x, Rows out, const float* res, int64_t s) {
+    if (m == M) return tile<M>(l, block, x, out, res, s);
+    if constexpr (M > 1) any_tile<M - 1>(m, l, block, x, out, res, s);
+}
+
+// out = activation(x W' + b) [+ residual]: this thread's part. `residual` may be where `out` is.
+static void linear(const Linear& l, Rows x, int64_t rows, Rows out, const Rows* residual, Team team) {
+    const int64_t blocks = (l.outputs + BLOCK - 1) / BLOCK, tiles = (rows + TILE - 1) / TILE;
+    if (!tiles) return;
+    // a thread goes through all rows with a block while its weights are near; many threads divide the rows, too
+    const int64_t groups = std::min(tiles, std::max<int64_t>(1, 4 * team.size / blocks));
+    const int64_t first = team.begin(blocks * groups), last = team.end(blocks * groups);
+    for (int64_t task = first; task < last; task++) {
+        const int64_t block = task / groups, group = task % groups;
+        for (int64_t i = tiles * group / groups; i < tiles * (group + 1) / groups; i++) {
+            const int64_t begin = rows * i / tiles, end = rows * (i + 1) / tiles;
+            const float* add = residual ? residual->row(begin) : nullptr;
+            any_tile<TILE>(end - begin, l, block, {x.row(begin), x.stride}, {out.row(begin), out.stride}, add,
+                           residual ? residual->stride : 0);
+        }
+    }
+}
+
+// (outputs, inputs) -> blocks, this thread's part; outputs that fill up the last block are 0.
+static void lay_out(const float* weight, int64_t outputs, int64_t inputs, float* to, Team team) {
+    constexpr int PIECE = 16;  // inputs copied at a time: whole cache lines
+    const int64_t blocks = (outputs + BLOCK - 1) / BLOCK;
+    for (int64_t block = team.begin(blocks); block < team.end(blocks); block++) {
+        float* out = to + block * BLOCK * inputs;
+        const int64_t there = std::min<int64_t>(BLOCK, outputs - block * BLOCK);
+        for (int64_t i = 0; i < inputs; i += PIECE) {
+            const int64_t width = std::min<int64_t>(PIECE, inputs - i);
+            float near[BLOCK][PIECE] = {};
+            for (int64_t j = 0; j < there; j++)
+                std::memcpy(near[j], weight + (block * BLOCK + j) * inputs + i, width * sizeof(float));
+            for (int64_t d = 0; d < width; d++)
+                for (int j = 0; j < BLOCK; j++) out[(i + d) * BLOCK + j] = near[j][d];
+        }
+    }
+}
+
+}  // namespace esrl

@@ -1,0 +1,216 @@
+// A step of a post-norm Transformer decoder (Vaswani et al. 2017) with cross-attention: what Marian models are.
+//
+// What a row has decoded lies in pages of a few positions, so that memory follows the tokens there are: a page holds the
+// keys and values of all layers. Rows of one prompt read its keys and values together.
+#pragma once
+#include <cstdlib>
+#include <new>
+#include <numeric>
+#include <vector>
+
+#include "attention.h"
+
+namespace esrl {
+
+struct Norm {
+    const float *scale, *shift;
+    double epsilon;
+};
+
+struct Layer {
+    Linear query, key, value, mixed, cross_query, cross_mixed, inner, outer;
+    Norm norm, cross_norm, final_norm;
+};
+
+struct Marian {
+    const float *embedding, *positions;  // (V, D), (positions, D)
+    double scale;                        // of embeddings
+    int64_t width, heads, inner, num_layers;
+    const Layer* layers;
+};
+
+// A batch of prompts: each layer's keys and values (P, H, S, d); mask (P, S), or null.
+struct Prompts {
+    const float* const* keys;
+    const float* const* values;
+    const uint8_t* mask;
+    int64_t length;
+};
+
+constexpr int64_t PAGE = 8;  // positions of a page
+
+struct Row {
+    const Prompts* prompts;
+    int64_t prompt, position;
+    std::vector<float*> pages;
+};
+
+// Rows of one prompt, at most QUERIES of them: `rows` first ... last in the order of prompts.
+struct Group {
+    int64_t first, last;
+};
+
+struct Decoder {
+    const Marian* model;
+    int64_t threads;
+    std::vector<Row> rows;
+    std::vector<int64_t> order;  // rows, those of a prompt together
+    std::vector<Group> groups;
+    std::vector<float*> free_pages;
+    std::vector<float> room;  // activations
+
+
+    float* new_page() {
+        if (free_pages.empty()) {
+            void* page = std::malloc(model->num_layers * 2 * PAGE * model->width * sizeof(float));
+            if (!page) throw std::bad_alloc();
+            return static_cast<float*>(page);
+        }
+        float* page = free_pages.back();
+        free_pages.pop_back();
+        return page;
+    }
+
+    void arrange() {
+        order.resize(rows.size());
+        std::iota(order.begin(), order.end(), 0);
+        std::stable_sort(order.begin(), order.end(), [this](int64_t a, int64_t b) {
+            return std::pair(rows[a].prompts, rows[a].prompt) < std::pair(rows[b].prompts, rows[b].prompt);
+        });
+        groups.clear();
+        for (int64_t i = 0; i < int64_t(order.size()); i++) {
+            const Row& row = rows[order[i]];
+            if (!groups.empty()) {
+                Group& last = groups.back();
+                const Row& other = rows[order[last.first]];
+                if (other.prompts == row.prompts && other.prompt == row.prompt && last.last - last.first < QUERIES) {
+                    last.last++;
+                    continue;
+                }
+            }
+            groups.push_back({i, i + 1});
+        }
+    }
+
+    ~Decoder() {
+        for (Row& row : rows)
+            for (float* page : row.pages) std::free(page);
+        for (float* page : free_pages) std::free(page);
+    }
+};
+
+static inline void normalize(const Norm& norm, const float* from, float* to, int64_t width) {
+    vec sum = {}, squares = {};
+    for (int64_t i = 0; i < width; i += W) sum += load(from + i);
+    const float mean = total(sum) / width;
+    for (int64_t i = 0; i < width; i += W) {
+        const vec part = load(from + i) - mean;
+        squares += part * part;
+    }
+    const float factor = 1.0f / std::sqrt(total(squares) / width + float(norm.epsilon));
+    for (int64_t i = 0; i < width; i += W)
+        store(to + i, (load(from + i) - mean) * factor * load(norm.scale + i) + load(norm.shift + i));
+}
+
+// Page of a row that holds a position; then the layer's keys, its values behind them.
+static inline float* layer_of(const Marian& model, float* page, int64_t layer) {
+    return page + layer * 2 * PAGE * model.width;
+}
+
+template <int V>
+static void self_attention(const Marian& model, const Row& row, int64_t layer, const float* query, float* scores,
+                           float* out) {
+    const int64_t n = row.position + 1, width = model.width;
+    for (int64_t head = 0; head < model.heads; head++) {
+        const int64_t at = head * V * W;
+        const float* own = query + at;
+        float* to = out + at;
+        for (int64_t i = 0; i < n; i += PAGE)
+            score<V, 1>(&own, layer_of(model, row.pages[i / PAGE], layer) + at, std::min(PAGE, n - i), width, scores + i,
+                        0);
+        const float share = weigh(scores, n);
+        vec sum[1][V] = {};
+        for (int64_t i = 0; i < n; i += PAGE)
+            mix<V, 1>(scores + i, 0, layer_of(model, row.pages[i / PAGE], layer) + PAGE * width + at,
+                      std::min(PAGE, n - i), width, sum);
+        finish<V, 1>(sum, &share, &to);
+    }
+}
+
+template <int V>
+static void cross_attention(const Decoder& decoder, Group group, int64_t layer, int64_t head, Rows queries, Rows out,
+                            std::vector<float>& scores) {
+    const Row& first = decoder.rows[decoder.order[group.first]];
+    const Prompts& prompts = *first.prompts;
+    const int64_t heads = decoder.model->heads, n = prompts.length, room = n + W;
+    const int64_t at = (first.prompt * heads + head) * n * V * W;
+    const uint8_t* mask = prompts.mask ? prompts.mask + first.prompt * n : nullptr;
+    if (int64_t(scores.size()) < QUERIES * room) scores.resize(QUERIES * room);
+    const float* query[QUERIES];
+    float* to[QUERIES];
+    const int64_t size = group.last - group.first;
+    for (int64_t j = 0; j < size; j++) {
+        query[j] = queries.row(decoder.order[group.first + j]) + head * V * W;
+        to[j] = out.row(decoder.order[group.first + j]) + head * V * W;
+    }
+    const float *keys = prompts.keys[layer] + at, *values = prompts.values[layer] + at;
+    switch (size) {
+        case 4: return attend<V, 4>(query, keys, values, n, mask, scores.data(), room, to);
+        case 3: return attend<V, 3>(query, keys, values, n, mask, scores.data(), room, to);
+        case 2: return attend<V, 2>(query, keys, values, n, mask, scores.data(), room, to);
+        default: return attend<V, 1>(query, keys, values, n, mask, scores.data(), room, to);
+    }
+}
+
+// All threads of a team call it; `hidden` has the result.
+template <int V>
+static void layers(Decoder& decoder, const int64_t* tokens, Rows hidden, Rows projected, Rows mixed, Rows inner) {
+    const Marian& model = *decoder.model;
+    const int64_t count = decoder.rows.size(), width = model.width, groups = decoder.groups.size();
+    const Team team;
+    int64_t longest = 0;
+    for (const Row& row : decoder.rows) longest = std::max(longest, row.position + 1);
+    std::vector<float> scores(longest + PAGE + W);
+    const Rows query{projected.at, projected.stride}, key{projected.at + width, projected.stride},
+        value{projected.at + 2 * width, projected.stride};
+    const auto norm = [&](const Norm& norm) {
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < count; r++) normalize(norm, hidden.row(r), hidden.row(r), width);
+    };
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < count; r++)
+        for (int64_t i = 0; i < width; i += W)
+            store(hidden.row(r) + i, load(model.embedding + tokens[r] * width + i) * float(model.scale) +
+                                         load(model.positions + decoder.rows[r].position * width + i));
+    for (int64_t l = 0; l < model.num_layers; l++) {
+        const Layer& layer = model.layers[l];
+        linear(layer.query, hidden, count, query, nullptr, team);
+        linear(layer.key, hidden, count, key, nullptr, team);
+        linear(layer.value, hidden, count, value, nullptr, team);
+#pragma omp barrier
+#pragma omp for schedule(dynamic, 4)
+        for (int64_t r = 0; r < count; r++) {
+            const Row& row = decoder.rows[r];
+            float* place = layer_of(model, row.pages[row.position / PAGE], l) + row.position % PAGE * width;
+            std::memcpy(place, key.row(r), width * sizeof(float));
+            std::memcpy(place + PAGE * width, value.row(r), width * sizeof(float));
+            self_attention<V>(model, row, l, query.row(r), scores.data(), mixed.row(r));
+        }
+        linear(layer.mixed, mixed, count, hidden, &hidden, team);
+        norm(layer.norm);
+        linear(layer.cross_query, hidden, count, query, nullptr, team);
+#pragma omp barrier
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < groups * model.heads; task++)
+            cross_attention<V>(decoder, decoder.groups[task / model.heads], l, task % model.heads, query, mixed, scores);
+        linear(layer.cross_mixed, mixed, count, hidden, &hidden, team);
+        norm(layer.cross_norm);
+        linear(layer.inner, hidden, count, inner, nullptr, team);
+#pragma omp barrier
+        linear(layer.outer, inner, count, hidden, &hidden, team);
+        norm(layer.final_norm);
+    }
+}
+
+}  // namespace esrl

@@ -1,0 +1,192 @@
+"""The compiled kernels as Python sees them. Structures and arguments are those of ``kernels.cpp``."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from ctypes import POINTER, Structure, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esrl.kernels.build import CannotBuildError, library
+
+ACTIVATIONS = {"none": 0, "relu": 1, "silu": 2}
+
+
+class LinearStruct(Structure):
+    """A linear layer, its weight laid out."""
+
+    _fields_ = (
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("inputs", c_int64),
+        ("outputs", c_int64),
+        ("activation", c_int64),
+    )
+
+
+class DrawnStruct(Structure):
+    """Where a draw puts its results; the last two may be 0."""
+
+    _fields_ = tuple((name, c_void_p) for name in ("tokens", "log_probs", "sampling_log_probs", "entropy", "max_prob"))
+
+
+class Native:
+    """The functions of a compiled library; float32 on CPUs.
+
+    Args:
+        path: of the library.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.library: Any = ctypes.CDLL(str(path))
+        integer, pointer = c_int64, c_void_p
+        for name, result, arguments in (
+            ("vector", integer, []),
+            ("block", integer, []),
+            ("operations", integer, []),
+            ("room", integer, [integer]),
+            ("lay_out", None, [pointer, integer, integer, pointer, integer]),
+            ("linear", None, [POINTER(LinearStruct), pointer, integer, integer, pointer, pointer, integer]),
+            (
+                "draw",
+                None,
+                [
+                    POINTER(LinearStruct),
+                    *[pointer, integer, integer, pointer, pointer, integer, pointer],
+                    POINTER(DrawnStruct),
+                    integer,
+                ],
+            ),
+            ("decoder", pointer, [pointer, integer]),
+            ("free", None, [pointer]),
+            ("join", integer, [pointer, pointer, pointer, integer]),
+            ("keep", integer, [pointer, pointer, integer]),
+            ("step", integer, [pointer, pointer, pointer, integer]),
+        ):
+            function = getattr(self.library, f"esrl_{name}")
+            function.restype, function.argtypes = result, arguments
+        self.vector: int = self.library.esrl_vector()
+        self.block: int = self.library.esrl_block()
+
+    def draw(
+        self,
+        projection: LaidOut,
+        hidden: Tensor,
+        tau: Tensor,
+        uniforms: Tensor,
+        records: tuple[str, ...],
+        together: int,
+    ) -> dict[str, Tensor]:
+        """Draw a token for each row.
+
+        Args:
+            hidden: (R, D) float32.
+            tau: (R,) float32 temperatures; 0 takes the most probable token.
+            uniforms: (R,) float64.
+            together: rows whose logits exist at a time.
+
+        Returns:
+            (R,) each: "tokens", "log_probs", "sampling_log_probs" and the records.
+        """
+        rows = hidden.shape[0]
+        results = {"tokens": torch.empty(rows, dtype=torch.int64)}
+        results |= {name: torch.empty(rows) for name in ("log_probs", "sampling_log_probs", *records)}
+        place = torch.empty(min(together, rows) * self.library.esrl_room(projection.outputs))
+        hidden, tau, uniforms = _rows(hidden), tau.contiguous(), uniforms.contiguous()
+        self.library.esrl_draw(
+            projection.struct,
+            hidden.data_ptr(),
+            hidden.stride(0),
+            rows,
+            tau.data_ptr(),
+            uniforms.data_ptr(),
+            together,
+            place.data_ptr(),
+            DrawnStruct(**{name: values.data_ptr() for name, values in results.items()}),
+            torch.get_num_threads(),
+        )
+        return results
+
+
+class LaidOut:
+    """``functional.linear`` with a weight laid out for the kernels.
+
+    Args:
+        weight: (N, D) float32 on the CPU; bias: (N,).
+        activation: applied to the result; one of ``ACTIVATIONS``.
+    """
+
+    def __init__(self, native: Native, weight: Tensor, bias: Tensor | None, activation: str = "none") -> None:
+        self.native = native
+        self.outputs, self.inputs = weight.shape
+        blocks = -(-self.outputs // native.block)
+        self._weight = torch.empty(blocks * native.block * self.inputs)
+        self._bias = torch.zeros(blocks * native.block)
+        if bias is not None:
+            self._bias[: self.outputs] = bias
+        weight = weight.contiguous()
+        native.library.esrl_lay_out(
+            weight.data_ptr(), self.outputs, self.inputs, self._weight.data_ptr(), torch.get_num_threads()
+        )
+        self.struct = LinearStruct(
+            self._weight.data_ptr(), self._bias.data_ptr(), self.inputs, self.outputs, ACTIVATIONS[activation]
+        )
+
+    def __call__(self, hidden: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(..., D) -> (..., N); ``residual`` is added to the result, after the activation."""
+        flat = _rows(hidden.reshape(-1, self.inputs))
+        out = torch.empty(len(flat), self.outputs)
+        add = None if residual is None else residual.reshape(-1, self.outputs).contiguous()
+        self.native.library.esrl_linear(
+            self.struct,
+            flat.data_ptr(),
+            flat.stride(0),
+            len(flat),
+            None if add is None else add.data_ptr(),
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out.view(*hidden.shape[:-1], self.outputs)
+
+
+@cache
+def _load() -> Native | str:
+    if os.environ.get("ESRL_KERNELS", "on") == "off":
+        return "ESRL_KERNELS is off"
+    try:
+        built = library()
+        try:
+            return Native(built)
+        except OSError:  # a file that a power cut has damaged
+            built.unlink()
+            return Native(library())
+    except (CannotBuildError, OSError) as error:
+        return str(error)
+
+
+def kernels() -> Native | None:
+    """The compiled kernels, built if need be; None where they cannot be."""
+    loaded = _load()
+    return loaded if isinstance(loaded, Native) else None
+
+
+def operations() -> int:
+    """Multiplications and additions of matrix products and attention so far; PyTorch's counter does not see them."""
+    native = kernels()
+    return 0 if native is None else int(native.library.esrl_operations())
+
+
+def why_not() -> str | None:
+    """Why there are no compiled kernels; None where there are."""
+    loaded = _load()
+    return loaded if isinstance(loaded, str) else None
+
+
+def _rows(matrix: Tensor) -> Tensor:
+    """(R, D), each row's numbers side by side."""
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()

@@ -1,0 +1,176 @@
+"""Stage one's decoder step in one compiled call (``kernels/marian.h``); ``cached_decoder`` is its slow twin."""
+
+from __future__ import annotations
+
+import weakref
+from ctypes import POINTER, Structure, addressof, c_double, c_int64, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from esrl.algorithm.log_probs import Projection
+from esrl.kernels import LaidOut, Native, kernels
+from esrl.kernels.native import LinearStruct
+from esrl.models.linear import FrozenProjection
+from esrl.models.policy import BatchSizes, PromptState
+
+_LINEARS = ("query", "key", "value", "mixed", "cross_query", "cross_mixed", "inner", "outer")
+_NORMS = ("norm", "cross_norm", "final_norm")
+
+
+class _Norm(Structure):
+    _fields_ = (("scale", c_void_p), ("shift", c_void_p), ("epsilon", c_double))
+
+
+class _Layer(Structure):
+    _fields_ = (*((name, LinearStruct) for name in _LINEARS), *((name, _Norm) for name in _NORMS))
+
+
+class _Marian(Structure):
+    _fields_ = (
+        ("embedding", c_void_p),
+        ("positions", c_void_p),
+        ("scale", c_double),
+        ("width", c_int64),
+        ("heads", c_int64),
+        ("inner", c_int64),
+        ("num_layers", c_int64),
+        ("layers", POINTER(_Layer)),
+    )
+
+
+class _Prompts(Structure):
+    _fields_ = (("keys", POINTER(c_void_p)), ("values", POINTER(c_void_p)), ("mask", c_void_p), ("length", c_int64))
+
+
+class CompiledMarianDecoder:
+    """A Marian decoder's weights as they are now, laid out for the compiled step.
+
+    Args:
+        native: the kernels.
+        decoder: Hugging Face's decoder module, of which ``fits`` holds.
+        projection: of the vocabulary.
+    """
+
+    @torch.no_grad()
+    def __init__(self, native: Native, decoder: Any, projection: Projection) -> None:
+        self.native = native
+        self.projection = FrozenProjection(projection)
+        self.batch_sizes: BatchSizes = "any"
+        self.width = decoder.embed_tokens.weight.shape[1]
+        self._kept: list[Any] = []  # what the structures point to
+        layers = (_Layer * len(decoder.layers))(*(self._layer(layer) for layer in decoder.layers))
+        self.struct = _Marian(
+            self._at(decoder.embed_tokens.weight),
+            self._at(decoder.embed_positions.weight),
+            decoder.embed_scale,
+            self.width,
+            decoder.layers[0].self_attn.num_heads,
+            decoder.layers[0].fc1.weight.shape[0],
+            len(layers),
+            layers,
+        )
+
+    def start(self, state: PromptState, prompt_index: Tensor) -> CompiledDecoder:
+        return CompiledDecoder(self, state, prompt_index)
+
+    def _layer(self, layer: Any) -> _Layer:
+        own, cross = layer.self_attn, layer.encoder_attn
+        linears = (own.q_proj, own.k_proj, own.v_proj, own.out_proj, cross.q_proj, cross.out_proj, layer.fc1, layer.fc2)
+        norms = (layer.self_attn_layer_norm, layer.encoder_attn_layer_norm, layer.final_layer_norm)
+        return _Layer(
+            *(self._linear(part, (_activation(layer) if part is layer.fc1 else None) or "none") for part in linears),
+            *(_Norm(self._at(norm.weight), self._at(norm.bias), norm.eps) for norm in norms),
+        )
+
+    def _linear(self, linear: Any, activation: str) -> LinearStruct:
+        laid_out = LaidOut(self.native, linear.weight.detach(), linear.bias, activation)
+        self._kept.append(laid_out)
+        return laid_out.struct
+
+    def _at(self, weight: Tensor) -> int:
+        weight = weight.detach().contiguous()
+        self._kept.append(weight)
+        return weight.data_ptr()
+
+
+def fitting_kernels(decoder: Any) -> Native | None:
+    """The kernels, where they can run the decoder: float32 on the CPU, sizes in whole vectors, ReLU or SiLU."""
+    parameters = list(decoder.parameters())
+    if any(weight.device.type != "cpu" or weight.dtype != torch.float32 for weight in parameters):
+        return None
+    layer, width = decoder.layers[0], decoder.embed_tokens.weight.shape[1]
+    if _activation(layer) is None or torch.is_autocast_enabled("cpu"):
+        return None
+    native = kernels()
+    head_width = width // layer.self_attn.num_heads
+    if native is None or head_width not in [native.vector * count for count in (1, 2, 4, 8)]:
+        return None
+    return native
+
+
+class CompiledDecoder:
+    """Decodes rows with a key/value cache in pages.
+
+    Args:
+        weights: of the decoder.
+        state: the shared state of the prompts of the rows to begin with.
+        prompt_index: (R,) int64, each row's prompt.
+    """
+
+    def __init__(self, weights: CompiledMarianDecoder, state: PromptState, prompt_index: Tensor) -> None:
+        self.weights = weights
+        self._library = weights.native.library
+        self._handle = self._library.esrl_decoder(addressof(weights.struct), torch.get_num_threads())
+        self._check(self._handle)
+        weakref.finalize(self, self._library.esrl_free, self._handle)
+        self.sizes: list[int] = []
+        self.states: list[Any] = []  # of each wave: what its rows point to
+        self.join(state, prompt_index)
+
+    def join(self, state: PromptState, prompt_index: Tensor) -> None:
+        """Let more rows begin, behind those that are there."""
+        prompt_index = prompt_index.contiguous()
+        keys, values = ([part.contiguous() for part in parts] for parts in (state.keys, state.values))
+        mask = None if bool(state.mask.all()) else state.mask.contiguous()
+        at = c_void_p * len(keys)
+        prompts = _Prompts(
+            at(*(part.data_ptr() for part in keys)),
+            at(*(part.data_ptr() for part in values)),
+            None if mask is None else mask.data_ptr(),
+            state.mask.shape[1],
+        )
+        self.sizes.append(len(prompt_index))
+        self.states.append((prompts, keys, values, mask))
+        self._check(
+            self._library.esrl_join(self._handle, addressof(prompts), prompt_index.data_ptr(), len(prompt_index))
+        )
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """(R,) last tokens -> (R, D) states for the next ones."""
+        tokens, width = tokens.contiguous(), self.weights.width
+        # rows that are a power of two apart would share a few places in the processor's cache
+        states = torch.empty(len(tokens), width + self.weights.native.vector)
+        self._check(self._library.esrl_step(self._handle, tokens.data_ptr(), states.data_ptr(), states.stride(0)))
+        return states[:, :width]
+
+    def keep(self, *rows: Tensor) -> None:
+        """Go on with these rows of each wave, in this order."""
+        starts = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
+        kept = torch.cat([part + start for part, start in zip(rows, starts, strict=True)])
+        self._check(self._library.esrl_keep(self._handle, kept.data_ptr(), len(kept)))
+        self.states = [state for state, part in zip(self.states, rows, strict=True) if len(part)]
+        self.sizes = [len(part) for part in rows if len(part)]
+
+    def _check(self, done: int) -> None:
+        if not done:
+            raise MemoryError("there is no memory for more keys and values; set a lower sampling.max_cache_tokens.")
+
+
+def _activation(layer: Any) -> str | None:
+    function = layer.activation_fn
+    if isinstance(function, nn.ReLU) or function is functional.relu:
+        return "relu"
+    return "silu" if isinstance(function, nn.SiLU) or function is functional.silu else None

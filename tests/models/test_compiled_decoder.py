@@ -1,0 +1,205 @@
+"""The compiled decoder step against the one of PyTorch's operations, its slow twin."""
+
+from __future__ import annotations
+
+import copy
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+from esrl.kernels import kernels, operations, why_not
+from esrl.models import compiled_decoder, seq2seq
+from esrl.models.adapters import LoraSettings, add_adapter
+from esrl.models.cached_decoder import FrozenMarianDecoder
+from esrl.models.compiled_decoder import CompiledMarianDecoder, fitting_kernels
+from esrl.models.policy import PromptState
+from esrl.models.seq2seq import MarianPolicy, Preset, new_policy
+from esrl.sampling.engine import EngineSampler, SamplingConfig
+from esrl.types import Prompts
+
+STEPS = 20
+
+
+def make(tokenizer, width: int = 64, heads: int = 4, inner: int = 72, activation: str = "relu") -> MarianPolicy:
+    """Every bias and norm with numbers of its own: one that is left out would be seen."""
+    policy = new_policy(Preset(width=width, layers=2, heads=heads, inner_width=inner), tokenizer, 40, seed=3)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    if activation == "silu":
+        for layer in policy.model.model.decoder.layers:
+            layer.activation_fn = nn.SiLU()
+    return policy
+
+
+def pair(policy: MarianPolicy) -> tuple[CompiledMarianDecoder, FrozenMarianDecoder]:
+    """The compiled decoder and its twin in float64."""
+    compiled = policy.frozen_decoder()
+    if kernels() is None:
+        pytest.skip(f"no compiled kernels: {why_not()}")
+    assert isinstance(compiled, CompiledMarianDecoder)  # else the fast way was not tried at all
+    wide = copy.deepcopy(policy.model).double()
+    return compiled, FrozenMarianDecoder(wide.model.decoder, MarianPolicy(wide, policy.tokenizer).projection())
+
+
+def state64(state: PromptState) -> PromptState:
+    return state.with_tensors(tuple(part.double() for part in state.tensors))
+
+
+def tokens(rows: int, step: int) -> torch.Tensor:
+    return torch.randint(5, 150, (rows,), generator=torch.Generator().manual_seed(step))
+
+
+# heads of one, two, four and eight vectors of 16 (with AVX2: two to sixteen of 8, the last of which is not compiled)
+@pytest.mark.parametrize(("width", "heads"), [(64, 4), (64, 2), (128, 2), (256, 2)])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_a_step_is_the_twins(tokenizer, prompts, width, heads, activation):
+    """With masks, rows of a prompt not side by side, more than four of one, and several pages."""
+    policy = make(tokenizer, width, heads, activation=activation)
+    if fitting_kernels(policy.model.model.decoder) is None and width // heads > 64:
+        pytest.skip("heads too wide for this processor's kernels")
+    compiled, twin = pair(policy)
+    state = policy.encode(prompts)
+    assert not bool(state.mask.all())
+    index = torch.tensor([0, 0, 0, 0, 0, 0, 3, 9, 5, 5, 0, 3, 1])
+    fast, slow = compiled.start(state, index), twin.start(state64(state), index)
+    for step in range(STEPS):
+        found, expected = fast.step(tokens(13, step)), slow.step(tokens(13, step))
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-5)
+    logits = compiled.projection.logits(found)
+    torch.testing.assert_close(logits.double(), twin.projection.logits(expected), rtol=0, atol=1e-4)
+
+
+def test_rows_leave_and_others_begin(tokenizer, prompts):
+    """Two waves with prompts of their own; rows change places, a wave ends, pages are used again."""
+    policy = make(tokenizer)
+    compiled, twin = pair(policy)
+    first, second = policy.encode(prompts), policy.encode(prompts.select([2, 4]))
+    fast = compiled.start(first, torch.tensor([1, 1, 2, 7, 8, 8]))
+    slow = twin.start(state64(first), torch.tensor([1, 1, 2, 7, 8, 8]))
+    rows = 6
+
+    def steps(start: int, count: int) -> None:
+        for step in range(start, start + count):
+            found, expected = fast.step(tokens(rows, step)), slow.step(tokens(rows, step))
+            torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-5)
+
+    steps(0, 9)
+    for decoder in (fast, slow):
+        decoder.keep(torch.tensor([0, 5, 2, 3]))
+    rows = 4
+    steps(9, 3)
+    fast.join(second, torch.tensor([1, 0, 0]))
+    slow.join(state64(second), torch.tensor([1, 0, 0]))
+    rows = 7
+    steps(12, 7)
+    for decoder in (fast, slow):
+        decoder.keep(torch.tensor([3, 1]), torch.tensor([0, 2]))
+    rows = 4
+    steps(19, 2)
+    for decoder in (fast, slow):
+        decoder.keep(torch.tensor([], dtype=torch.int64), torch.tensor([1]))
+    rows = 1
+    gc.collect()  # the first wave's prompts are gone now
+    steps(21, 10)
+
+
+def test_a_row_does_not_depend_on_the_others_to_the_bit(tokenizer, prompts):
+    policy = make(tokenizer)
+    compiled, _ = pair(policy)
+    state = policy.encode(prompts)
+    index = torch.tensor([0, 0, 0, 3, 3, 3, 3, 3, 6])
+    decoder = compiled.start(state, index)
+    together = [decoder.step(tokens(9, step)) for step in range(STEPS)]
+    for row in range(9):
+        alone = compiled.start(state, index[row : row + 1])
+        for step in range(STEPS):
+            assert torch.equal(alone.step(tokens(9, step)[row : row + 1])[0], together[step][row])
+
+
+def test_samples_do_not_depend_on_batch_size_places_or_compaction_to_the_bit(tokenizer, prompts, uneven_plan):
+    policy = make(tokenizer)
+    pair(policy)
+    tight = prompts.select(
+        [i for i in range(len(prompts)) if int(prompts.mask[i].sum()) == int(prompts.mask.sum(1).mode().values)]
+    )
+    plan = type(uneven_plan)(
+        num_samples=torch.full((len(tight),), 7), temperature=torch.full((len(tight),), 0.9).double()
+    )
+
+    def draw(**config) -> tuple[torch.Tensor, torch.Tensor]:
+        settings = SamplingConfig(max_new_tokens=30, **config)
+        rollouts = EngineSampler(policy, settings, seed=5).sample(tight, plan)
+        return rollouts.tokens, rollouts.log_probs
+
+    expected = draw()
+    for config in (
+        {"max_cache_tokens": 30 * 3},
+        {"compaction_share": 1.0},
+        {"compaction_share": 0.0, "max_cache_tokens": 30 * 5, "max_logits": 400},
+    ):
+        found = draw(**config)
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+def test_samples_are_those_of_pytorchs_operations(tokenizer, prompts, uneven_plan, monkeypatch):
+    policy = make(tokenizer)
+    pair(policy)
+    sampler = EngineSampler(policy, SamplingConfig(max_new_tokens=30), seed=5)
+    found = sampler.sample(prompts, uneven_plan, records=("entropy", "max_prob"))
+    monkeypatch.setattr(seq2seq, "fitting_kernels", lambda decoder: None)
+    monkeypatch.setattr("esrl.models.linear.kernels", lambda: None)
+    expected = sampler.sample(prompts, uneven_plan, records=("entropy", "max_prob"))
+    assert torch.equal(found.tokens, expected.tokens) and found.texts == expected.texts
+    torch.testing.assert_close(found.log_probs, expected.log_probs, rtol=0, atol=2e-5)
+    for name, values in expected.records.items():
+        torch.testing.assert_close(found.records[name], values, rtol=0, atol=2e-5)
+
+
+def test_adapters_count(tokenizer, prompts):
+    policy = make(tokenizer)
+    adapted = add_adapter(policy, LoraSettings(rank=4))
+    with torch.no_grad():
+        for name, parameter in adapted.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(2))
+    compiled = adapted.frozen_decoder()
+    assert isinstance(compiled, CompiledMarianDecoder)
+    state, index = adapted.encode(prompts), torch.arange(10)
+    inputs = torch.stack([tokens(10, step) for step in range(4)], 1)
+    with torch.no_grad():
+        expected = adapted.hidden_states(state, index, inputs)
+    decoder = compiled.start(state, index)
+    for step in range(4):
+        torch.testing.assert_close(decoder.step(inputs[:, step]), expected[:, step], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("change", ["float64", "gelu", "width", "autocast", "off"])
+def test_others_take_pytorchs_operations(tokenizer, change, monkeypatch):
+    policy = make(tokenizer, width=36 if change == "width" else 64)
+    decoder = policy.model.model.decoder
+    if change == "float64":
+        policy.model.double()
+    if change == "gelu":
+        for layer in decoder.layers:
+            layer.activation_fn = nn.GELU()
+    if change == "off":
+        monkeypatch.setattr(compiled_decoder, "kernels", lambda: None)
+    with torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
+        assert fitting_kernels(decoder) is None
+        assert isinstance(policy.frozen_decoder(), FrozenMarianDecoder)
+
+
+def test_operations_of_a_step_are_counted(tokenizer, prompts: Prompts):
+    policy = make(tokenizer, width=64, inner=72)
+    compiled, _ = pair(policy)
+    state = policy.encode(prompts)
+    decoder, before = compiled.start(state, torch.zeros(3, dtype=torch.int64)), operations()
+    decoder.step(tokens(3, 0))
+    # a layer: six 64 x 64 products, two 64 x 72 ones; one own key and the prompt's, each 64 wide, twice
+    a_row = 6 * 64 * 64 + 2 * 64 * 72 + 2 * 64 * (1 + prompts.mask.shape[1])
+    assert operations() - before == 2 * 2 * 3 * a_row
