@@ -100,6 +100,15 @@ def test_another_cache_where_the_first_is_no_folder(empty_cache, tmp_path, monke
     assert library().parent.parent == tmp_path / "temporary"
 
 
+def test_a_library_that_others_could_have_made_is_not_loaded(empty_cache):
+    needs_compiler()
+    built = library()
+    empty_cache.chmod(0o777)
+    assert library().parent != built.parent
+    empty_cache.chmod(0o700)
+    assert library() == built
+
+
 def test_they_can_be_turned_off(empty_cache, monkeypatch):
     monkeypatch.setenv("ESRL_KERNELS", "off")
     assert native.kernels() is None and native.why_not() == "ESRL_KERNELS is off"

@@ -58,6 +58,14 @@ def test_silu_far_from_zero(native):
     torch.testing.assert_close(found, functional.silu(hidden), rtol=1e-6, atol=1e-30)
 
 
+@pytest.mark.parametrize("name", ["none", "relu", "silu"])
+def test_what_is_not_a_number_is_not_hidden(native, name):
+    hidden = random(3, 20)
+    hidden[1, 4] = torch.nan
+    found = LaidOut(native, random(40, 20), None, name)(hidden)
+    assert torch.isnan(found).all(1).tolist() == [False, True, False] == torch.isnan(found).any(1).tolist()
+
+
 def test_rows_that_lie_apart_and_more_dimensions(native):
     linear = LaidOut(native, random(40, 30), random(40, seed=1))
     wide = random(9, 64, seed=2)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from esrl.errors import NumericsError
 from esrl.kernels import kernels, operations, why_not
 from esrl.models import compiled_decoder, seq2seq
 from esrl.models.adapters import LoraSettings, add_adapter
@@ -54,14 +55,12 @@ def tokens(rows: int, step: int) -> torch.Tensor:
     return torch.randint(5, 150, (rows,), generator=torch.Generator().manual_seed(step))
 
 
-# heads of one, two, four and eight vectors of 16 (with AVX2: two to sixteen of 8, the last of which is not compiled)
+# heads of one, two, four and eight vectors of 16 numbers, twice as many of 8 where there is no AVX-512
 @pytest.mark.parametrize(("width", "heads"), [(64, 4), (64, 2), (128, 2), (256, 2)])
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 def test_a_step_is_the_twins(tokenizer, prompts, width, heads, activation):
     """With masks, rows of a prompt not side by side, more than four of one, and several pages."""
     policy = make(tokenizer, width, heads, activation=activation)
-    if fitting_kernels(policy.model.model.decoder) is None and width // heads > 64:
-        pytest.skip("heads too wide for this processor's kernels")
     compiled, twin = pair(policy)
     state = policy.encode(prompts)
     assert not bool(state.mask.all())
@@ -158,6 +157,18 @@ def test_samples_are_those_of_pytorchs_operations(tokenizer, prompts, uneven_pla
     torch.testing.assert_close(found.log_probs, expected.log_probs, rtol=0, atol=2e-5)
     for name, values in expected.records.items():
         torch.testing.assert_close(found.records[name], values, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["self_attn.k_proj", "self_attn.v_proj", "encoder_attn.q_proj", "fc1", "final_layer_norm"]
+)
+def test_weights_that_are_not_numbers_are_found(tokenizer, prompts, make_plan, name):
+    policy = make(tokenizer)
+    pair(policy)
+    with torch.no_grad():
+        policy.model.get_parameter(f"model.decoder.layers.1.{name}.weight").view(-1)[3] = torch.nan
+    with pytest.raises(NumericsError, match="is nan"):
+        EngineSampler(policy, SamplingConfig(max_new_tokens=30), seed=5).sample(prompts, make_plan([2] * 10, 1.0))
 
 
 def test_adapters_count(tokenizer, prompts):

@@ -9,7 +9,7 @@ namespace esrl {
 constexpr int QUERIES = 4;  // queries that read a key together
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
-// Products of Q queries with n keys, `stride` numbers apart, to scores[query * room + key].
+// Products of Q queries with n keys, `stride` numbers apart, to scores[query * room + key]; up to three more are written.
 template <int V, int Q>
 static void score(const float* const* query, const float* keys, int64_t n, int64_t stride, float* scores, int64_t room) {
     constexpr int K = 4 / Q;  // keys at a time; what a product is does not depend on it
@@ -28,9 +28,7 @@ static void score(const float* const* query, const float* keys, int64_t n, int64
         }
         float totals[4];
         four_totals(dots, totals);
-        for (int j = 0; j < Q; j++)
-            for (int k = 0; k < K; k++)
-                if (i + k < n) scores[j * room + i + k] = totals[j * K + k];
+        for (int j = 0; j < Q; j++) std::memcpy(scores + j * room + i, totals + j * K, K * sizeof(float));
     }
 }
 

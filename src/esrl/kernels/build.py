@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -16,7 +17,10 @@ from pathlib import Path
 import torch
 
 SOURCES = Path(__file__).parent
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-fPIC")
+FLAGS = (
+    *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC"),
+    *(("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()),
+)
 SECONDS = 300
 """Longest time for a compiler to take; it needs about five."""
 
@@ -38,7 +42,7 @@ def library() -> Path:
         key.update(source.read_bytes())
     name = f"kernels-{key.hexdigest()[:16]}.so"
     for folder in _folders():
-        if (folder / name).is_file():
+        if _is_ours(folder) and (folder / name).is_file():
             return folder / name
     folder = _writable()
     _compile(compiler, threads, folder / name)
@@ -52,7 +56,7 @@ def _compile(compiler: str, threads: Path, to: Path) -> None:
         objects = str(made.with_suffix(".o"))
         _run([compiler, *FLAGS, "-c", str(SOURCES / "kernels.cpp"), "-o", objects])
         # PyTorch's OpenMP itself, not the compiler's
-        _run([compiler, "-shared", objects, str(threads), "-o", str(made)])
+        _run([compiler, "-shared", objects, str(threads), "-Wl,--no-undefined", "-o", str(made)])
         made.replace(to)
 
 
@@ -110,12 +114,24 @@ def _folders() -> list[Path]:
     return [home / "esrl", Path(tempfile.gettempdir()) / f"esrl-{os.getuid()}"]
 
 
+def _is_ours(folder: Path) -> bool:
+    """Whether nobody else could have put a library there."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return False
+    return status.st_uid == os.getuid() and not status.st_mode & 0o022
+
+
 def _writable() -> Path:
     for folder in _folders():
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError:
             continue
-        if os.access(folder, os.W_OK) and folder.stat().st_uid == os.getuid():
+        if _is_ours(folder) and os.access(folder, os.W_OK):
             return folder
-    raise CannotBuildError(f"none of {', '.join(map(str, _folders()))} can be written to; set XDG_CACHE_HOME")
+    folders = ", ".join(map(str, _folders()))
+    raise CannotBuildError(
+        f"none of {folders} is a folder that this user can write to and others cannot; set XDG_CACHE_HOME"
+    )

@@ -86,6 +86,7 @@ int64_t esrl_step(Decoder* decoder, const int64_t* tokens, float* out, int64_t s
         if (vectors == 2) layers<2>(*decoder, tokens, hidden, projected, mixed, between);
         if (vectors == 4) layers<4>(*decoder, tokens, hidden, projected, mixed, between);
         if (vectors == 8) layers<8>(*decoder, tokens, hidden, projected, mixed, between);
+        if (vectors == 16) layers<16>(*decoder, tokens, hidden, projected, mixed, between);
     }
     for (int64_t l = 0; l < model.num_layers; l++) {
         const Layer& layer = model.layers[l];

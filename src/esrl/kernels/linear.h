@@ -15,7 +15,7 @@ constexpr int WIDE = 2;                    // vectors of a block
 constexpr int BLOCK = WIDE * W;            // outputs of a block
 constexpr int TILE = W == 8 ? 6 : 12;      // rows of a tile: 24 sums of 32 registers (12 of 16 with AVX2)
 constexpr int AHEAD = 64;                  // inputs that the prefetch runs ahead
-constexpr long CHAIN = 128;                // inputs summed in one chain; chains are added up: that is more exact
+constexpr int64_t CHAIN = 128;             // inputs summed in one chain; chains are added up: that is more exact
 
 enum Activation : int64_t { NONE = 0, RELU = 1, SILU = 2 };
 
@@ -41,7 +41,7 @@ struct Team {
 };
 
 static inline vec activate(vec x, int64_t activation) {
-    if (activation == RELU) return larger(x, vec{});
+    if (activation == RELU) return x < 0 ? vec{} : x;  // what is not a number stays so
     if (activation == SILU) {
         const vec small = exp_negative(x < 0 ? x : -x);
         return x * (x < 0 ? small : all(1)) / (1 + small);
@@ -55,7 +55,7 @@ static void tile(const Linear& l, int64_t block, Rows x, Rows out, const float* 
     const float* w = l.weight + block * BLOCK * l.inputs;
     for (int64_t from = 0; from < l.inputs; from += CHAIN) {
         vec part[M][WIDE] = {};
-        const int64_t to = std::min<int64_t>(l.inputs, from + CHAIN);
+        const int64_t to = std::min(l.inputs, from + CHAIN);
 #pragma GCC unroll 1
         for (int64_t i = from; i < to; i++, w += BLOCK) {
             vec weight[WIDE];

@@ -45,11 +45,19 @@ static inline void four_totals(const vec* a, float* to) {
                   __builtin_shufflevector(a[2 * i], a[2 * i + 1] ESRL_LANES(ESRL_MIX_HIGH));
     const vec sums = __builtin_shufflevector(half[0], half[1] ESRL_LANES(ESRL_PAIR_LOW)) +
                      __builtin_shufflevector(half[0], half[1] ESRL_LANES(ESRL_PAIR_HIGH));
-    float parts[W];
-    store(parts, sums);
-    for (int width = W / 2; width >= 4; width /= 2)
-        for (int i = 0; i < width; i++) parts[i] += parts[i + width];
-    std::memcpy(to, parts, 4 * sizeof(float));
+#if defined(__AVX512F__)
+    const auto half_sums = __builtin_shufflevector(sums, sums, 0, 1, 2, 3, 4, 5, 6, 7) +
+                           __builtin_shufflevector(sums, sums, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+    const auto half_sums = sums;
+#endif
+#if defined(__AVX__)
+    const auto four = __builtin_shufflevector(half_sums, half_sums, 0, 1, 2, 3) +
+                      __builtin_shufflevector(half_sums, half_sums, 4, 5, 6, 7);
+#else
+    const auto four = half_sums;
+#endif
+    std::memcpy(to, &four, 4 * sizeof(float));
 }
 
 static inline float total(vec a) {
@@ -65,11 +73,12 @@ static inline float largest(vec a) {
     return best;
 }
 
-// exp(x) for x <= 0, to about two units in the last place; exactly 0 below -87 and at minus infinity.
+// exp(x) for x <= 0, to about two units in the last place; exactly 0 below -87 and at minus infinity. What is not a
+// number stays so: nothing may hide it.
 static inline vec exp_negative(vec x) {
     const vec lowest = all(-87.0f);
-    const ints there = x >= lowest;
-    x = larger(x, lowest);  // minus infinity, too
+    const ints there = ~(x < lowest);
+    x = x < lowest ? lowest : x;
     const ints power = __builtin_convertvector(x * 1.44269504f - 0.5f, ints);  // rounds, since x <= 0
     const vec n = __builtin_convertvector(power, vec);
     const vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;

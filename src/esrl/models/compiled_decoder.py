@@ -18,6 +18,8 @@ from esrl.models.policy import BatchSizes, PromptState
 
 _LINEARS = ("query", "key", "value", "mixed", "cross_query", "cross_mixed", "inner", "outer")
 _NORMS = ("norm", "cross_norm", "final_norm")
+_HEAD_VECTORS = (1, 2, 4, 8, 16)
+"""Widths of a head, in vectors, that the step is compiled for."""
 
 
 class _Norm(Structure):
@@ -50,7 +52,7 @@ class CompiledMarianDecoder:
 
     Args:
         native: the kernels.
-        decoder: Hugging Face's decoder module, of which ``fits`` holds.
+        decoder: Hugging Face's decoder module, one that ``fitting_kernels`` takes.
         projection: of the vocabulary.
     """
 
@@ -106,7 +108,7 @@ def fitting_kernels(decoder: Any) -> Native | None:
         return None
     native = kernels()
     head_width = width // layer.self_attn.num_heads
-    if native is None or head_width not in [native.vector * count for count in (1, 2, 4, 8)]:
+    if native is None or head_width not in [native.vector * count for count in _HEAD_VECTORS]:
         return None
     return native
 

@@ -22,6 +22,8 @@ from esrl.sampling.decoding import Decoding, Output, Pace, Rows, Work
 from esrl.sampling.draw import Temperature, Truncation
 from esrl.types import Prompts, Rollouts, SamplingPlan
 
+_PLACES = 128
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingConfig:
@@ -39,7 +41,8 @@ class SamplingConfig:
     """If set, from those at least this times as probable as the most probable one."""
     max_cache_tokens: int | None = None
     """Rows decoded at a time, times max_new_tokens: bounds the key/value cache whatever k_x is, up to a factor for rows
-    that have ended and room to grow. Unset: 7,680 on CPUs with compiled kernels, 20,480 without, 524,288 on CUDA."""
+    that have ended and room to grow. Unset: 524,288 on CUDA; 20,480 on CPUs, but not more than 128 rows where compiled
+    kernels make few of them nearly as fast as many."""
     max_prompt_tokens: int = 16384
     """Source tokens encoded at a time, padding included."""
     compaction_share: float | None = None
@@ -166,10 +169,13 @@ class EngineSampler:
         """The limits; what is left to device and decoder where the configuration does not say it."""
         config, cuda = self.config, self.policy.device.type == "cuda"
         few = frozen.batch_sizes == "few"
-        cache_tokens = config.max_cache_tokens or (1 << 19 if cuda else 20_480 if few else 7_680)
+        cache_tokens = config.max_cache_tokens or (1 << 19 if cuda else 20_480)
+        places = max(1, cache_tokens // config.max_new_tokens)
+        if config.max_cache_tokens is None and not few:
+            places = min(places, _PLACES)
         share = config.compaction_share
         return Pace(
-            places=max(1, cache_tokens // config.max_new_tokens),
+            places=places,
             logits=config.max_logits or (1 << 26 if cuda else max(1 << 20, 16 * self.policy.vocabulary)),
             check_steps=8 if cuda else 1,
             compaction_share=(0.125 if few else 0.03) if share is None else share,
