@@ -44,14 +44,13 @@ static void draw_row(const float* logits, int64_t filled, float tau, double unif
         for (int64_t i = 0; i < filled && token < 0; i++)
             if (logits[i] == top) token = i;
     } else {
-        const double target = uniform * whole;
+        const double target = uniform * whole;  // below `whole`: a uniform number is 1 - 2^-53 at most
         int64_t b = 0;
         while (b < blocks - 1 && sums[b] <= target) b++;
-        while (b > 0 && sums[b] == sums[b - 1]) b--;  // rounding: behind the last token with a weight
         double reached = b ? sums[b - 1] : 0;
         float weights[SUMMED];
         for (int64_t i = 0; i < SUMMED; i += W)
-            store(weights + i, weight_of(load(logits + b * SUMMED + i) - top, greedy ? 1 : tau));
+            store(weights + i, weight_of(load(logits + b * SUMMED + i) - top, tau));
         for (int64_t i = 0; i < SUMMED; i++) {
             if (!(weights[i] > 0)) continue;  // one that cannot be drawn
             token = b * SUMMED + i;
