@@ -7,27 +7,33 @@
 namespace esrl {
 
 constexpr int QUERIES = 4;  // queries that read a key together
+constexpr int SUMS = W == 16 ? 16 : 8;  // vectors added up in registers at a time
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
 // Products of Q queries with n keys, `stride` numbers apart, to scores[query * room + key]; up to three more are written.
 template <int V, int Q>
 static void score(const float* const* query, const float* keys, int64_t n, int64_t stride, float* scores, int64_t room) {
-    constexpr int K = 4 / Q;  // keys at a time; what a product is does not depend on it
+    constexpr int K = Q > 2 ? 2 : 4;  // keys at a time; what a product is does not depend on it
     const float scale = 1.0f / std::sqrt(float(V * W));
     vec q[Q][V];
     for (int j = 0; j < Q; j++)
         for (int v = 0; v < V; v++) q[j][v] = load(query[j] + v * W) * scale;
     for (int64_t i = 0; i < n; i += K) {
-        vec dots[4] = {};
-        for (int k = 0; k < K; k++) {
-            const float* key = keys + std::min(i + k, n - 1) * stride;
-            for (int v = 0; v < V; v++) {
-                const vec numbers = load(key + v * W);
-                for (int j = 0; j < Q; j++) dots[j * K + k] += q[j][v] * numbers;
+        const float* key[K];
+        for (int k = 0; k < K; k++) key[k] = keys + std::min(i + k, n - 1) * stride;
+        vec dots[8] = {};  // those of a query side by side
+#pragma GCC unroll 16
+        for (int v = 0; v < V; v++) {
+            vec numbers[K];
+            for (int k = 0; k < K; k++) numbers[k] = in_register(load(key[k] + v * W));
+            for (int j = 0; j < Q; j++) {
+                const vec own = in_register(q[j][v]);
+                for (int k = 0; k < K; k++) dots[j * K + k] += own * numbers[k];
             }
         }
-        float totals[4];
+        float totals[8];
         four_totals(dots, totals);
+        if (Q * K > 4) four_totals(dots + 4, totals + 4);
         for (int j = 0; j < Q; j++) std::memcpy(scores + j * room + i, totals + j * K, K * sizeof(float));
     }
 }
@@ -47,17 +53,30 @@ static inline float weigh(float* scores, int64_t n) {
     return total(sum);
 }
 
-// sum += weights times n values, `stride` numbers apart.
+// sum += weights times n values, `stride` numbers apart: as many sums at a time as registers hold, over a piece of the
+// values that is still near when the next sums want it.
 template <int V, int Q>
 static void mix(const float* weights, int64_t room, const float* values, int64_t n, int64_t stride, vec (*sum)[V]) {
-    vec own[Q][V];
-    std::memcpy(own, sum, sizeof(own));
-    for (int64_t i = 0; i < n; i++)
-        for (int v = 0; v < V; v++) {
-            const vec numbers = load(values + i * stride + v * W);
-            for (int j = 0; j < Q; j++) own[j][v] += weights[j * room + i] * numbers;
+    constexpr int C = V * Q <= SUMS ? V : SUMS / Q >= 4 ? 4 : SUMS / Q >= 2 ? 2 : 1;
+    constexpr int64_t PIECE = 8;
+    for (int64_t from = 0; from < n; from += PIECE) {
+        const int64_t to = std::min(n, from + PIECE);
+        for (int v = 0; v < V; v += C) {
+            vec own[Q][C];
+            for (int j = 0; j < Q; j++)
+                for (int c = 0; c < C; c++) own[j][c] = sum[j][v + c];
+            for (int64_t i = from; i < to; i++) {
+                vec numbers[C];
+                for (int c = 0; c < C; c++) numbers[c] = in_register(load(values + i * stride + (v + c) * W));
+                for (int j = 0; j < Q; j++) {
+                    const float weight = weights[j * room + i];
+                    for (int c = 0; c < C; c++) own[j][c] += weight * numbers[c];
+                }
+            }
+            for (int j = 0; j < Q; j++)
+                for (int c = 0; c < C; c++) sum[j][v + c] = own[j][c];
         }
-    std::memcpy(sum, own, sizeof(own));
+    }
 }
 
 template <int V, int Q>

@@ -14,8 +14,11 @@ namespace esrl {
 constexpr int WIDE = 2;                    // vectors of a block
 constexpr int BLOCK = WIDE * W;            // outputs of a block
 constexpr int TILE = W == 8 ? 6 : 12;      // rows of a tile: 24 sums of 32 registers (12 of 16 with AVX2)
+constexpr int LINE = 16;                    // numbers of a cache line
 constexpr int AHEAD = 64;                  // inputs that the prefetch runs ahead
 constexpr int64_t CHAIN = 128;             // inputs summed in one chain; chains are added up: that is more exact
+
+constexpr int64_t NEAR = 96 << 10;         // numbers of rows that stay in a core's cache beside the weights
 
 enum Activation : int64_t { NONE = 0, RELU = 1, SILU = 2 };
 
@@ -60,10 +63,9 @@ static void tile(const Linear& l, int64_t block, Rows x, Rows out, const float* 
         for (int64_t i = from; i < to; i++, w += BLOCK) {
             vec weight[WIDE];
 #pragma GCC unroll 8
-            for (int n = 0; n < WIDE; n++) {
-                __builtin_prefetch(w + AHEAD * BLOCK + n * W);
-                weight[n] = load(w + n * W);
-            }
+            for (int n = 0; n < BLOCK; n += LINE) __builtin_prefetch(w + AHEAD * BLOCK + n);
+#pragma GCC unroll 8
+            for (int n = 0; n < WIDE; n++) weight[n] = in_register(load(w + n * W));
 #pragma GCC unroll 16
             for (int m = 0; m < M; m++) {
                 const float value = x.at[m * x.stride + i];
@@ -105,16 +107,21 @@ static inline void any_tile(int64_t m, const Linear& l, int64_t block, Rows x, R
 static void linear(const Linear& l, Rows x, int64_t rows, Rows out, const Rows* residual, Team team) {
     const int64_t blocks = (l.outputs + BLOCK - 1) / BLOCK, tiles = (rows + TILE - 1) / TILE;
     if (!tiles) return;
-    // a thread goes through all rows with a block while its weights are near; many threads divide the rows, too
+    // so many tiles at a time that their numbers stay near while a thread goes through its blocks
+    const int64_t together = std::max<int64_t>(1, NEAR / (TILE * l.inputs)), parts = (tiles + together - 1) / together;
+    // many threads divide the rows, too
     const int64_t groups = std::min(tiles, std::max<int64_t>(1, 4 * team.size / blocks));
-    const int64_t first = team.begin(blocks * groups), last = team.end(blocks * groups);
-    for (int64_t task = first; task < last; task++) {
-        const int64_t block = task / groups, group = task % groups;
-        for (int64_t i = tiles * group / groups; i < tiles * (group + 1) / groups; i++) {
-            const int64_t begin = rows * i / tiles, end = rows * (i + 1) / tiles;
-            const float* add = residual ? residual->row(begin) : nullptr;
-            any_tile<TILE>(end - begin, l, block, {x.row(begin), x.stride}, {out.row(begin), out.stride}, add,
-                           residual ? residual->stride : 0);
+    for (int64_t part = 0; part < parts; part++) {
+        const int64_t from = tiles * part / parts, here = tiles * (part + 1) / parts - from;
+        const int64_t divided = std::min(groups, here);
+        for (int64_t task = team.begin(blocks * divided); task < team.end(blocks * divided); task++) {
+            const int64_t block = task / divided, group = task % divided;
+            for (int64_t i = from + here * group / divided; i < from + here * (group + 1) / divided; i++) {
+                const int64_t begin = rows * i / tiles, end = rows * (i + 1) / tiles;
+                const float* add = residual ? residual->row(begin) : nullptr;
+                any_tile<TILE>(end - begin, l, block, {x.row(begin), x.stride}, {out.row(begin), out.stride}, add,
+                               residual ? residual->stride : 0);
+            }
         }
     }
 }

@@ -45,7 +45,7 @@ struct Row {
     std::vector<float*> pages;
 };
 
-// Rows of one prompt, at most QUERIES of them: `rows` first ... last in the order of prompts.
+// Rows of one prompt: first ... last in the order of prompts.
 struct Group {
     int64_t first, last;
 };
@@ -83,7 +83,7 @@ struct Decoder {
             if (!groups.empty()) {
                 Group& last = groups.back();
                 const Row& other = rows[order[last.first]];
-                if (other.prompts == row.prompts && other.prompt == row.prompt && last.last - last.first < QUERIES) {
+                if (other.prompts == row.prompts && other.prompt == row.prompt) {
                     last.last++;
                     continue;
                 }
@@ -137,6 +137,7 @@ static void self_attention(const Marian& model, const Row& row, int64_t layer, c
     }
 }
 
+// A head of a prompt's rows, QUERIES of them after the other: its keys and values are read from memory once.
 template <int V>
 static void cross_attention(const Decoder& decoder, Group group, int64_t layer, int64_t head, Rows queries, Rows out,
                             std::vector<float>& scores) {
@@ -145,20 +146,20 @@ static void cross_attention(const Decoder& decoder, Group group, int64_t layer, 
     const int64_t heads = decoder.model->heads, n = prompts.length, room = n + W;
     const int64_t at = (first.prompt * heads + head) * n * V * W;
     const uint8_t* mask = prompts.mask ? prompts.mask + first.prompt * n : nullptr;
-    if (int64_t(scores.size()) < QUERIES * room) scores.resize(QUERIES * room);
-    const float* query[QUERIES];
-    float* to[QUERIES];
-    const int64_t size = group.last - group.first;
-    for (int64_t j = 0; j < size; j++) {
-        query[j] = queries.row(decoder.order[group.first + j]) + head * V * W;
-        to[j] = out.row(decoder.order[group.first + j]) + head * V * W;
-    }
     const float *keys = prompts.keys[layer] + at, *values = prompts.values[layer] + at;
-    switch (size) {
-        case 4: return attend<V, 4>(query, keys, values, n, mask, scores.data(), room, to);
-        case 3: return attend<V, 3>(query, keys, values, n, mask, scores.data(), room, to);
-        case 2: return attend<V, 2>(query, keys, values, n, mask, scores.data(), room, to);
-        default: return attend<V, 1>(query, keys, values, n, mask, scores.data(), room, to);
+    if (int64_t(scores.size()) < QUERIES * room) scores.resize(QUERIES * room);
+    for (int64_t begin = group.first; begin < group.last; begin += QUERIES) {
+        const float* query[QUERIES];
+        float* to[QUERIES];
+        const int64_t size = std::min<int64_t>(QUERIES, group.last - begin);
+        for (int64_t j = 0; j < size; j++) {
+            query[j] = queries.row(decoder.order[begin + j]) + head * V * W;
+            to[j] = out.row(decoder.order[begin + j]) + head * V * W;
+        }
+        if (size == 4) attend<V, 4>(query, keys, values, n, mask, scores.data(), room, to);
+        if (size == 3) attend<V, 3>(query, keys, values, n, mask, scores.data(), room, to);
+        if (size == 2) attend<V, 2>(query, keys, values, n, mask, scores.data(), room, to);
+        if (size == 1) attend<V, 1>(query, keys, values, n, mask, scores.data(), room, to);
     }
 }
 

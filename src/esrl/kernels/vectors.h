@@ -24,6 +24,18 @@ static inline void store(float* at, vec value) { *reinterpret_cast<vec_at*>(at) 
 static inline vec all(float value) { return value - vec{}; }
 static inline vec larger(vec a, vec b) { return a > b ? a : b; }
 
+// The same vector, loaded once: compilers would rather read it from memory for each of its uses.
+static inline vec in_register(vec a) {
+#if defined(__AVX512F__)
+    __asm__("" : "+v"(a));
+#elif defined(__x86_64__)
+    __asm__("" : "+x"(a));
+#elif defined(__aarch64__)
+    __asm__("" : "+w"(a));
+#endif
+    return a;
+}
+
 // Lanes of two vectors in groups of four: (a0 b0 a1 b1 ...) and (a2 b2 a3 b3 ...); then (a0 a1 b0 b1) and (a2 a3 b2 b3).
 #if defined(__AVX512F__)
 #define ESRL_LANES(f) f(0) f(4) f(8) f(12)
