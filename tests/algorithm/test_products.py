@@ -15,6 +15,12 @@ from esrl.algorithm.products import FastLinear, linear
 WIDTH, OUTPUTS = 300, 260
 
 
+@pytest.fixture(autouse=True)
+def _on_any_processor(monkeypatch):
+    """Also where MKL is the faster one."""
+    monkeypatch.setattr(products, "faster_here", lambda: True)
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """Counts oneDNN's products, so that a test cannot pass by falling back."""
@@ -81,6 +87,22 @@ def test_suppressed_tokens_stay_impossible(calls):
     bias[[0, 70]] = -torch.inf
     assert (linear(hidden, weight, bias) == -torch.inf).nonzero()[:, 1].tolist() == [0, 70] * 5
     assert calls
+
+
+@pytest.mark.parametrize(
+    ("processor", "mkl", "faster"), [("AVX2", True, False), ("AVX2", False, True), ("AVX512", True, True)]
+)
+def test_where_onednn_is_faster(processor, mkl, faster, calls, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    assert products.faster_here.__wrapped__() == faster
+
+
+def test_where_mkl_is_faster_pytorch_is_left_alone(calls, monkeypatch):
+    monkeypatch.setattr(products, "faster_here", lambda: False)
+    parts = tensors((5,))
+    assert torch.equal(linear(*parts), functional.linear(*parts)) and not calls
 
 
 def test_what_onednn_is_not_for_is_left_to_pytorch(calls, monkeypatch):

@@ -7,34 +7,22 @@ import gc
 
 import pytest
 import torch
+from compiled_models import make
 from torch import nn
 
 from esrl.errors import NumericsError
 from esrl.kernels import kernels, operations, why_not
-from esrl.models import compiled_decoder, seq2seq
+from esrl.models import compiled, seq2seq
 from esrl.models.adapters import LoraSettings, add_adapter
 from esrl.models.cached_decoder import FrozenMarianDecoder
-from esrl.models.compiled_decoder import CompiledMarianDecoder, fitting_kernels
+from esrl.models.compiled import fitting_kernels
+from esrl.models.compiled_decoder import CompiledMarianDecoder
 from esrl.models.policy import PromptState
-from esrl.models.seq2seq import MarianPolicy, Preset, new_policy
+from esrl.models.seq2seq import MarianPolicy
 from esrl.sampling.engine import EngineSampler, SamplingConfig
 from esrl.types import Prompts
 
 STEPS = 20
-
-
-def make(tokenizer, width: int = 64, heads: int = 4, inner: int = 72, activation: str = "relu") -> MarianPolicy:
-    """Every bias and norm with numbers of its own: one that is left out would be seen."""
-    policy = new_policy(Preset(width=width, layers=2, heads=heads, inner_width=inner), tokenizer, 40, seed=3)
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for parameter in policy.model.parameters():
-            if parameter.dim() == 1:
-                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
-    if activation == "silu":
-        for layer in policy.model.model.decoder.layers:
-            layer.activation_fn = nn.SiLU()
-    return policy
 
 
 def pair(policy: MarianPolicy) -> tuple[CompiledMarianDecoder, FrozenMarianDecoder]:
@@ -200,7 +188,7 @@ def test_others_take_pytorchs_operations(tokenizer, change, monkeypatch):
         for layer in decoder.layers:
             layer.activation_fn = nn.GELU()
     if change == "off":
-        monkeypatch.setattr(compiled_decoder, "kernels", lambda: None)
+        monkeypatch.setattr(compiled, "kernels", lambda: None)
     with torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
         assert fitting_kernels(decoder) is None
         assert isinstance(policy.frozen_decoder(), FrozenMarianDecoder)

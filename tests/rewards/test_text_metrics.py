@@ -17,6 +17,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
+from esrl.kernels import kernels, why_not
+from esrl.rewards import rouge
 from esrl.rewards.common import MAX_CACHED_CHARACTERS, ReferenceCache
 from esrl.rewards.text import BLEU, MAX_CHARACTERS, ChrF, ExactMatch, RougeL
 
@@ -179,6 +181,74 @@ def test_equals_the_reference_library_on_anything(metric, oracle, options, compl
 def test_equals_the_reference_library_on_long_text(metric, oracle):
     completion, reference = long_pair()
     assert metric().sentence_score(completion, reference) == pytest.approx(oracle(completion, [reference]), abs=EXACT)
+
+
+@pytest.fixture(scope="module")
+def native():
+    found = kernels()
+    if found is None:
+        pytest.skip(f"no compiled kernels: {why_not()}")
+    return found
+
+
+def compiled_scores(native, completions: list[str], references: list[str]) -> list[float]:
+    """By the compiled kernel, and surely by it."""
+    scores = RougeL()._compiled(completions, references)
+    assert scores is not None
+    return scores
+
+
+def test_compiled_rouge_l_is_the_single_scores(native):
+    single = RougeL().sentence_score
+    pairs = [
+        *PAIRS,
+        *(pair[::-1] for pair in PAIRS),
+        *PAIRS[:3],
+        *PAIRS[:3],
+    ]  # references that come again, side by side too
+    pairs = sorted(pairs, key=lambda pair: pair[1]) + pairs
+    pairs += [
+        long_pair(),
+        ("a " * 64 + "b", "a " * 63 + "b a"),
+        ("x " * 200, "x " * 128),
+        ("\u212aelvin \u0130x", "kelvin ix"),
+    ]
+    completions, references = map(list, zip(*pairs, strict=True))
+    assert compiled_scores(native, completions, references) == [single(*pair) for pair in pairs]
+    assert RougeL()(completions, references) == [single(*pair) for pair in pairs]
+
+
+@settings(max_examples=200, deadline=None)
+@given(pairs=st.lists(st.tuples(texts, texts), min_size=1, max_size=5))
+def test_compiled_rouge_l_is_the_single_scores_on_anything(native, pairs):
+    completions, references = map(list, zip(*pairs, strict=True))
+    expected = [RougeL().sentence_score(*pair) for pair in pairs]
+    if any("\0" in text for text in completions + references):
+        assert RougeL()._compiled(completions, references) is None
+    else:
+        assert compiled_scores(native, completions, references) == expected
+    assert RougeL()(completions, references) == expected
+
+
+def test_compiled_rouge_l_leaves_to_python_what_is_not_for_it(native):
+    metric = RougeL()
+    assert metric([], []) == []
+    assert metric(["a b"], [["a", "a b"]]) == [1.0]
+    assert metric(["a\0b"], ["a b"]) == [1.0]
+    assert RougeL(tokenizer="unicode")(["да нет"], ["да"]) == [pytest.approx(2 / 3)]
+    assert RougeL(stemming=True)(["running"], ["run"]) == [1.0]
+    for completions, wanted in (
+        ([3], "needs? strings"),
+        (["x" * (MAX_CHARACTERS + 1)], "characters"),
+        (["a", "b"], "1 references"),
+    ):
+        with pytest.raises(ValueError, match=wanted):
+            metric(completions, ["a"])
+
+
+def test_characters_that_become_ascii_in_lower_case():
+    found = [chr(code) for code in range(128, 0x110000) if any(map(str.isascii, chr(code).lower()))]
+    assert sorted(found) == sorted(rouge._ASCII_IN_LOWER_CASE)
 
 
 def test_summary_rouge_l_of_many_lines():

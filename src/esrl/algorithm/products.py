@@ -1,11 +1,13 @@
 """Linear layers with a gradient, in oneDNN where PyTorch takes MKL.
 
 On CPUs PyTorch sends products in float32 to MKL. oneDNN's kernels are up to twice as fast at the sizes of both stages
-(docs/performance.md), on weights as they are.
+on processors with AVX-512, on weights as they are; on those with AVX2 alone MKL's are the faster ones
+(docs/performance.md).
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,6 +21,12 @@ MIN_WEIGHTS = 1 << 16
 
 ROWS = 32
 """Rows are filled up to a multiple of it, few of them of 8: oneDNN makes and keeps kernels for each number of rows."""
+
+
+@cache
+def faster_here() -> bool:
+    """Whether oneDNN's products are the faster ones on this processor."""
+    return not (torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2")
 
 
 def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -72,7 +80,8 @@ def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _fits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     given = (hidden, weight) if bias is None else (hidden, weight, bias)
     return (
-        all(part.device.type == "cpu" and part.dtype == torch.float32 for part in given)
+        faster_here()
+        and all(part.device.type == "cpu" and part.dtype == torch.float32 for part in given)
         and all(type(part) in (Tensor, nn.Parameter) for part in given)  # a distributed tensor has ways of its own
         and weight.dim() == 2
         and weight.numel() >= MIN_WEIGHTS

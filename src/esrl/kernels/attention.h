@@ -1,6 +1,7 @@
 // Attention over keys and values in memory. All numbers of a head are V whole vectors.
 #pragma once
 #include <limits>
+#include <type_traits>
 
 #include "linear.h"
 
@@ -9,6 +10,15 @@ namespace esrl {
 constexpr int QUERIES = 4;  // queries that read a key together
 constexpr int SUMS = W == 16 ? 16 : 8;  // vectors added up in registers at a time
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
+
+// f(Q), Q a constant: as many queries as there are, at most QUERIES.
+template <class F>
+static inline void with_queries(int64_t count, F f) {
+    if (count >= 4) f(std::integral_constant<int, 4>());
+    if (count == 3) f(std::integral_constant<int, 3>());
+    if (count == 2) f(std::integral_constant<int, 2>());
+    if (count == 1) f(std::integral_constant<int, 1>());
+}
 
 // Products of Q queries with n keys, `stride` numbers apart, to scores[query * room + key]; up to three more are written.
 template <int V, int Q>

@@ -2,7 +2,8 @@
 #include <atomic>
 
 #include "draw.h"
-#include "marian.h"
+#include "encoder.h"
+#include "rouge.h"
 
 using namespace esrl;
 
@@ -11,15 +12,25 @@ static std::atomic<int64_t> operations{0};
 
 static void count(const Linear& l, int64_t rows) { operations += 2 * rows * l.inputs * l.outputs; }
 
+// f(V), V a constant: the vectors of a head.
+template <class F>
+static void with_vectors(int64_t count, F f) {
+    if (count == 1) f(std::integral_constant<int, 1>());
+    if (count == 2) f(std::integral_constant<int, 2>());
+    if (count == 4) f(std::integral_constant<int, 4>());
+    if (count == 8) f(std::integral_constant<int, 8>());
+    if (count == 16) f(std::integral_constant<int, 16>());
+}
+
 extern "C" {
 
 int64_t esrl_vector() { return W; }
 int64_t esrl_block() { return BLOCK; }
 int64_t esrl_operations() { return operations; }
 
-void esrl_lay_out(const float* weight, int64_t outputs, int64_t inputs, float* to, int64_t threads) {
+void esrl_lay_out(float* weight, int64_t outputs, int64_t inputs, float* to, int64_t threads) {
 #pragma omp parallel num_threads(threads)
-    lay_out(weight, outputs, inputs, to, Team());
+    lay_out({weight, inputs}, outputs, inputs, to, Team());
 }
 
 void esrl_linear(const Linear* l, float* x, int64_t x_stride, int64_t rows, float* residual, float* out, int64_t threads) {
@@ -78,16 +89,10 @@ int64_t esrl_step(Decoder* decoder, const int64_t* tokens, float* out, int64_t s
     decoder->room.resize(rows * (wide + narrow + inner));
     float* at = decoder->room.data();
     const Rows projected{at, wide}, mixed{at + rows * wide, narrow}, between{at + rows * (wide + narrow), inner};
-    const int64_t vectors = width / model.heads / W;
+    with_vectors(width / model.heads / W, [&](auto vectors) {
 #pragma omp parallel num_threads(decoder->threads)
-    {
-        const Rows hidden{out, stride};
-        if (vectors == 1) layers<1>(*decoder, tokens, hidden, projected, mixed, between);
-        if (vectors == 2) layers<2>(*decoder, tokens, hidden, projected, mixed, between);
-        if (vectors == 4) layers<4>(*decoder, tokens, hidden, projected, mixed, between);
-        if (vectors == 8) layers<8>(*decoder, tokens, hidden, projected, mixed, between);
-        if (vectors == 16) layers<16>(*decoder, tokens, hidden, projected, mixed, between);
-    }
+        layers<decltype(vectors)::value>(*decoder, tokens, {out, stride}, projected, mixed, between);
+    });
     for (int64_t l = 0; l < model.num_layers; l++) {
         const Layer& layer = model.layers[l];
         for (const Linear* each : {&layer.query, &layer.key, &layer.value, &layer.mixed, &layer.cross_query,
@@ -98,6 +103,39 @@ int64_t esrl_step(Decoder* decoder, const int64_t* tokens, float* out, int64_t s
         row.position++;
         operations += 4 * model.num_layers * width * (row.position + row.prompts->length);
     }
+    return 1;
+} catch (const std::bad_alloc&) {
+    return 0;
+}
+
+// Prompts -> keys and values (P, H, S, d) for each reader, at the places of real tokens. 0: no memory.
+int64_t esrl_encode(const Encoder* encoder, const Sources* sources, float* const* keys, float* const* values,
+                    int64_t threads) try {
+    const int64_t width = encoder->width, prompts = sources->prompts, *starts = sources->starts;
+    std::vector<float> room;
+    for (int64_t first = 0, last; first < prompts; first = last) {
+        for (last = first + 1; last < prompts && starts[last + 1] - starts[first] <= ENCODED;) last++;
+        const int64_t rows = starts[last] - starts[first];
+        room.resize(std::max<int64_t>(room.size(), rows * (5 * width + encoder->inner + 4 * W)));
+#pragma omp parallel num_threads(threads)
+        encode(*encoder, *sources, first, last, room.data(), keys, values);
+        for (int64_t l = 0; l < encoder->num_layers; l++) {
+            const EncoderLayer& layer = encoder->layers[l];
+            for (const Linear* each : {&layer.query, &layer.key, &layer.value, &layer.mixed, &layer.inner, &layer.outer})
+                count(*each, rows);
+        }
+        for (int64_t l = 0; l < encoder->num_readers; l++) count(encoder->keys[l], rows), count(encoder->values[l], rows);
+        for (int64_t p = first; p < last; p++)
+            operations += 4 * encoder->num_layers * width * (starts[p + 1] - starts[p]) * (starts[p + 1] - starts[p]);
+    }
+    return 1;
+} catch (const std::bad_alloc&) {
+    return 0;
+}
+
+// Pairs of texts, each followed by a 0 -> their F-measures. 0: no memory.
+int64_t esrl_rouge_l(const char* completions, const char* references, int64_t pairs, double* scores) try {
+    rouge_l(completions, references, pairs, scores);
     return 1;
 } catch (const std::bad_alloc&) {
     return 0;

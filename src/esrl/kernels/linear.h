@@ -18,7 +18,7 @@ constexpr int LINE = 16;                    // numbers of a cache line
 constexpr int AHEAD = 64;                  // inputs that the prefetch runs ahead
 constexpr int64_t CHAIN = 128;             // inputs summed in one chain; chains are added up: that is more exact
 
-constexpr int64_t NEAR = 96 << 10;         // numbers of rows that stay in a core's cache beside the weights
+constexpr int64_t NEAR = 48 << 10;         // numbers of rows that stay in a core's cache beside the weights
 
 enum Activation : int64_t { NONE = 0, RELU = 1, SILU = 2 };
 
@@ -127,7 +127,7 @@ static void linear(const Linear& l, Rows x, int64_t rows, Rows out, const Rows* 
 }
 
 // (outputs, inputs) -> blocks, this thread's part; outputs that fill up the last block are 0.
-static void lay_out(const float* weight, int64_t outputs, int64_t inputs, float* to, Team team) {
+static void lay_out(Rows weight, int64_t outputs, int64_t inputs, float* to, Team team) {
     constexpr int PIECE = 16;  // inputs copied at a time: whole cache lines
     const int64_t blocks = (outputs + BLOCK - 1) / BLOCK;
     for (int64_t block = team.begin(blocks); block < team.end(blocks); block++) {
@@ -137,7 +137,7 @@ static void lay_out(const float* weight, int64_t outputs, int64_t inputs, float*
             const int64_t width = std::min<int64_t>(PIECE, inputs - i);
             float near[BLOCK][PIECE] = {};
             for (int64_t j = 0; j < there; j++)
-                std::memcpy(near[j], weight + (block * BLOCK + j) * inputs + i, width * sizeof(float));
+                std::memcpy(near[j], weight.row(block * BLOCK + j) + i, width * sizeof(float));
             for (int64_t d = 0; d < width; d++)
                 for (int j = 0; j < BLOCK; j++) out[(i + d) * BLOCK + j] = near[j][d];
         }

@@ -156,10 +156,9 @@ static void cross_attention(const Decoder& decoder, Group group, int64_t layer, 
             query[j] = queries.row(decoder.order[begin + j]) + head * V * W;
             to[j] = out.row(decoder.order[begin + j]) + head * V * W;
         }
-        if (size == 4) attend<V, 4>(query, keys, values, n, mask, scores.data(), room, to);
-        if (size == 3) attend<V, 3>(query, keys, values, n, mask, scores.data(), room, to);
-        if (size == 2) attend<V, 2>(query, keys, values, n, mask, scores.data(), room, to);
-        if (size == 1) attend<V, 1>(query, keys, values, n, mask, scores.data(), room, to);
+        with_queries(size, [&](auto count) {
+            attend<V, decltype(count)::value>(query, keys, values, n, mask, scores.data(), room, to);
+        });
     }
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import POINTER, Structure, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_double, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,8 @@ class Native:
             ("join", integer, [pointer, pointer, pointer, integer]),
             ("keep", integer, [pointer, pointer, integer]),
             ("step", integer, [pointer, pointer, pointer, integer]),
+            ("rouge_l", integer, [c_char_p, c_char_p, integer, pointer]),
+            ("encode", integer, [pointer, pointer, pointer, pointer, integer]),
         ):
             function = getattr(self.library, f"esrl_{name}")
             function.restype, function.argtypes = result, arguments
@@ -111,6 +113,13 @@ class Native:
             torch.get_num_threads(),
         )
         return results
+
+    def rouge_l(self, completions: bytes, references: bytes, pairs: int) -> list[float]:
+        """ROUGE-L's F-measure of each pair of UTF-8 texts, each followed by a 0; of letters it lowers A-Z alone."""
+        scores = (c_double * pairs)()
+        if not self.library.esrl_rouge_l(completions, references, pairs, scores):
+            raise MemoryError(f"there is no memory to score {pairs} texts; score fewer at a time.")
+        return list(scores)
 
 
 class LaidOut:

@@ -7,27 +7,21 @@ from ctypes import POINTER, Structure, addressof, c_double, c_int64, c_void_p
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from esrl.algorithm.log_probs import Projection
-from esrl.kernels import LaidOut, Native, kernels
+from esrl.kernels import Native
 from esrl.kernels.native import LinearStruct
+from esrl.models.compiled import LaidOutWeights, NormStruct, activation
 from esrl.models.linear import FrozenProjection
 from esrl.models.policy import BatchSizes, PromptState
 
 _LINEARS = ("query", "key", "value", "mixed", "cross_query", "cross_mixed", "inner", "outer")
 _NORMS = ("norm", "cross_norm", "final_norm")
-_HEAD_VECTORS = (1, 2, 4, 8, 16)
-"""Widths of a head, in vectors, that the step is compiled for."""
-
-
-class _Norm(Structure):
-    _fields_ = (("scale", c_void_p), ("shift", c_void_p), ("epsilon", c_double))
 
 
 class _Layer(Structure):
-    _fields_ = (*((name, LinearStruct) for name in _LINEARS), *((name, _Norm) for name in _NORMS))
+    _fields_ = (*((name, LinearStruct) for name in _LINEARS), *((name, NormStruct) for name in _NORMS))
 
 
 class _Marian(Structure):
@@ -62,11 +56,11 @@ class CompiledMarianDecoder:
         self.projection = FrozenProjection(projection)
         self.batch_sizes: BatchSizes = "any"
         self.width = decoder.embed_tokens.weight.shape[1]
-        self._kept: list[Any] = []  # what the structures point to
+        self._weights = weights = LaidOutWeights(native)
         layers = (_Layer * len(decoder.layers))(*(self._layer(layer) for layer in decoder.layers))
         self.struct = _Marian(
-            self._at(decoder.embed_tokens.weight),
-            self._at(decoder.embed_positions.weight),
+            weights.at(decoder.embed_tokens.weight),
+            weights.at(decoder.embed_positions.weight),
             decoder.embed_scale,
             self.width,
             decoder.layers[0].self_attn.num_heads,
@@ -79,38 +73,15 @@ class CompiledMarianDecoder:
         return CompiledDecoder(self, state, prompt_index)
 
     def _layer(self, layer: Any) -> _Layer:
-        own, cross = layer.self_attn, layer.encoder_attn
-        linears = (own.q_proj, own.k_proj, own.v_proj, own.out_proj, cross.q_proj, cross.out_proj, layer.fc1, layer.fc2)
+        own, cross, weights = layer.self_attn, layer.encoder_attn, self._weights
+        linears = (own.q_proj, own.k_proj, own.v_proj, own.out_proj, cross.q_proj, cross.out_proj)
         norms = (layer.self_attn_layer_norm, layer.encoder_attn_layer_norm, layer.final_layer_norm)
         return _Layer(
-            *(self._linear(part, (_activation(layer) if part is layer.fc1 else None) or "none") for part in linears),
-            *(_Norm(self._at(norm.weight), self._at(norm.bias), norm.eps) for norm in norms),
+            *(weights.linear(part) for part in linears),
+            weights.linear(layer.fc1, activation(layer) or "none"),
+            weights.linear(layer.fc2),
+            *map(weights.norm, norms),
         )
-
-    def _linear(self, linear: Any, activation: str) -> LinearStruct:
-        laid_out = LaidOut(self.native, linear.weight.detach(), linear.bias, activation)
-        self._kept.append(laid_out)
-        return laid_out.struct
-
-    def _at(self, weight: Tensor) -> int:
-        weight = weight.detach().contiguous()
-        self._kept.append(weight)
-        return weight.data_ptr()
-
-
-def fitting_kernels(decoder: Any) -> Native | None:
-    """The kernels, where they can run the decoder: float32 on the CPU, sizes in whole vectors, ReLU or SiLU."""
-    parameters = list(decoder.parameters())
-    if any(weight.device.type != "cpu" or weight.dtype != torch.float32 for weight in parameters):
-        return None
-    layer, width = decoder.layers[0], decoder.embed_tokens.weight.shape[1]
-    if _activation(layer) is None or torch.is_autocast_enabled("cpu"):
-        return None
-    native = kernels()
-    head_width = width // layer.self_attn.num_heads
-    if native is None or head_width not in [native.vector * count for count in _HEAD_VECTORS]:
-        return None
-    return native
 
 
 class CompiledDecoder:
@@ -169,10 +140,3 @@ class CompiledDecoder:
     def _check(self, done: int) -> None:
         if not done:
             raise MemoryError("there is no memory for more keys and values; set a lower sampling.max_cache_tokens.")
-
-
-def _activation(layer: Any) -> str | None:
-    function = layer.activation_fn
-    if isinstance(function, nn.ReLU) or function is functional.relu:
-        return "relu"
-    return "silu" if isinstance(function, nn.SiLU) or function is functional.silu else None

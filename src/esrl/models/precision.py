@@ -9,7 +9,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar
 
 import torch
 
-from esrl.algorithm.products import FastLinear
+from esrl.algorithm import products
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -43,8 +43,8 @@ def in_precision(
 
     @functools.wraps(function)
     def wrapped(policy: Owner, *args: Arguments.args, **options: Arguments.kwargs) -> Result:
-        faster = FastLinear() if policy.device.type == "cpu" else nullcontext()  # a mode costs time at every operation
-        with autocast(policy.device, policy.precision), faster:
+        fast = policy.device.type == "cpu" and products.faster_here()  # a mode costs time at every operation
+        with autocast(policy.device, policy.precision), products.FastLinear() if fast else nullcontext():
             return function(policy, *args, **options)
 
     return wrapped

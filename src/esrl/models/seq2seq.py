@@ -17,7 +17,9 @@ from transformers import MarianConfig, MarianMTModel
 
 from esrl.algorithm.log_probs import Projection
 from esrl.models.cached_decoder import FrozenMarianDecoder
-from esrl.models.compiled_decoder import CompiledMarianDecoder, fitting_kernels
+from esrl.models.compiled import fitting_kernels
+from esrl.models.compiled_decoder import CompiledMarianDecoder
+from esrl.models.compiled_encoder import CompiledMarianEncoder
 from esrl.models.folders import read_config, read_tokenizer, read_weights
 from esrl.models.frozen import merged_linear, twin
 from esrl.models.groups import PromptGroups
@@ -27,6 +29,8 @@ from esrl.types import Prompts
 
 SUPPORTED = ("marian",)
 _ENCODED_TOKENS = 4096
+_COMPILED_TOKENS = 1024
+"""Source tokens from which on laying out an encoder's weights takes less time than it saves."""
 
 
 class MarianPolicy:
@@ -85,6 +89,13 @@ class MarianPolicy:
         projections = [(attention.k_proj, attention.v_proj) for attention in attentions]
         # in parts, dropout would draw other masks than the pass with a graph that replays them
         fixed = torch.is_grad_enabled() or self.model.training or self.device.type != "cpu"
+        if not fixed and int(prompts.mask.sum()) >= _COMPILED_TOKENS:
+            encoder, readers = self.plain.get_encoder(), attentions
+            native = fitting_kernels(encoder)
+            if native is not None:
+                if self.plain is not self.model:
+                    encoder, readers = (twin(part, merged_linear) for part in (encoder, nn.ModuleList(attentions)))
+                return CompiledMarianEncoder(native, encoder, list(readers))(prompts)
         if fixed or prompts.mask.numel() <= _ENCODED_TOKENS:
             return self._encode(prompts, projections)
         # what a part makes fits into memory that is used again and again; fresh pages cost a tenth of the time

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rapidfuzz.distance import LCSseq
 
-from esrl.rewards.common import ReferenceCache, check_text, mean_score, score_all
+from esrl.rewards.common import MAX_CHARACTERS, ReferenceCache, check_text, mean_score, score_all
 
 MAX_CACHED_STEMS = 1 << 16
 MAX_SUMMARY_WORK = 400_000
@@ -22,6 +22,9 @@ MAX_SUMMARY_WORK = 400_000
 _TOKENIZERS = ("ascii", "unicode")
 _WORD = re.compile(r"\w+")
 _KEEP_ALPHANUMERIC = bytes(code if chr(code) in string.ascii_lowercase + string.digits else 32 for code in range(256))
+
+_ASCII_IN_LOWER_CASE = "\u212a\u0130"
+"""The characters beyond ASCII that lower case turns into ASCII ones: the Kelvin sign and a Turkish I."""
 
 Lines = list[list[str]]
 
@@ -96,7 +99,22 @@ class RougeL:
 
     def __call__(self, completions: list[str], reference: list[str], **columns: Any) -> list[float]:
         """The metric as a reward function: each completion's F-measure, in [0, 1]."""
-        return score_all(self.sentence_score, completions, reference)
+        scores = self._compiled(completions, reference)
+        return score_all(self.sentence_score, completions, reference) if scores is None else scores
+
+    def _compiled(self, completions: list[str], reference: list[str]) -> list[float] | None:
+        """All at once by the compiled kernel; None where there is none, or this is not for it."""
+        if self.tokenizer != "ascii" or self.summary_level or self._stem is not None:
+            return None
+        if not completions or len(completions) != len(reference):
+            return None
+        from esrl.kernels import kernels  # brings PyTorch, which a single score does not need
+
+        native = kernels()
+        own, wanted = _joined(completions), _joined(reference)
+        return (
+            None if native is None or own is None or wanted is None else native.rouge_l(own, wanted, len(completions))
+        )
 
     def check_reference(self, reference: str | Sequence[str]) -> None:
         """Refuse a reference that the ASCII tokenizer cannot see, such as Chinese text: every completion would score 0.
@@ -120,6 +138,19 @@ class RougeL:
 
     def _prepare(self, references: tuple[str, ...]) -> list[Lines]:
         return [self._lines(text) if self.summary_level else [self._tokens(text)] for text in references]
+
+
+def _joined(texts: list[str]) -> bytes | None:
+    """The texts, each followed by a 0, as the kernel reads them; None where one is no text, too long or holds a 0."""
+    try:
+        joined = "\0".join(texts)
+        if max(map(len, texts)) > MAX_CHARACTERS or joined.count("\0") != len(texts) - 1:
+            return None
+    except TypeError:  # several references, or what is no text: said where one is scored by itself
+        return None
+    if any(sign in joined for sign in _ASCII_IN_LOWER_CASE):
+        joined = joined.lower()
+    return joined.encode("utf-8", "surrogatepass") + b"\0"
 
 
 def _ascii_tokens(text: str) -> list[str]:

@@ -1,0 +1,69 @@
+"""What the compiled encoder and decoder share: a Transformer's weights as the kernels want them."""
+
+from __future__ import annotations
+
+from ctypes import Structure, c_double, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from esrl.kernels import LaidOut, Native, kernels
+from esrl.kernels.native import LinearStruct
+
+_HEAD_VECTORS = (1, 2, 4, 8, 16)
+"""Widths of a head, in vectors, that the kernels are compiled for."""
+
+
+class NormStruct(Structure):
+    """A layer's norm."""
+
+    _fields_ = (("scale", c_void_p), ("shift", c_void_p), ("epsilon", c_double))
+
+
+class LaidOutWeights:
+    """Keeps what the structures point to, as long as it lives."""
+
+    def __init__(self, native: Native) -> None:
+        self.native = native
+        self._kept: list[Any] = []
+
+    def linear(self, linear: Any, activation: str = "none") -> LinearStruct:
+        """A linear layer, its weight laid out."""
+        laid_out = LaidOut(self.native, linear.weight.detach(), linear.bias, activation)
+        self._kept.append(laid_out)
+        return laid_out.struct
+
+    def norm(self, norm: Any) -> NormStruct:
+        """A LayerNorm."""
+        return NormStruct(self.at(norm.weight), self.at(norm.bias), norm.eps)
+
+    def at(self, weight: Tensor) -> int:
+        """The address of a weight."""
+        weight = weight.detach().contiguous()
+        self._kept.append(weight)
+        return weight.data_ptr()
+
+
+def fitting_kernels(part: Any) -> Native | None:
+    """The kernels, where they can run an encoder or decoder: float32 on the CPU, heads of whole vectors, ReLU or SiLU."""
+    parameters = list(part.parameters())
+    if any(weight.device.type != "cpu" or weight.dtype != torch.float32 for weight in parameters):
+        return None
+    layer, width = part.layers[0], part.embed_tokens.weight.shape[1]
+    if activation(layer) is None or torch.is_autocast_enabled("cpu"):
+        return None
+    native = kernels()
+    head_width = width // layer.self_attn.num_heads
+    if native is None or head_width not in [native.vector * count for count in _HEAD_VECTORS]:
+        return None
+    return native
+
+
+def activation(layer: Any) -> str | None:
+    """The kernels' name of a layer's activation; None where they have none for it."""
+    function = layer.activation_fn
+    if isinstance(function, nn.ReLU) or function is functional.relu:
+        return "relu"
+    return "silu" if isinstance(function, nn.SiLU) or function is functional.silu else None
