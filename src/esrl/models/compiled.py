@@ -47,7 +47,7 @@ class LaidOutWeights:
 
 
 def fitting_kernels(part: Any) -> Native | None:
-    """The kernels, where they can run an encoder or decoder: float32 on the CPU, heads of whole vectors, ReLU or SiLU."""
+    """The kernels, where they can run an encoder or decoder: float32 on the CPU, whole vectors, ReLU or SiLU."""
     parameters = list(part.parameters())
     if any(weight.device.type != "cpu" or weight.dtype != torch.float32 for weight in parameters):
         return None
