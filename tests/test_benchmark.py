@@ -17,6 +17,7 @@ from esrl.benchmark import language_model as language_module
 from esrl.benchmark import measure as measure_module
 from esrl.benchmark import run as run_module
 from esrl.benchmark import step as step_module
+from esrl.benchmark import worker as worker_module
 from esrl.benchmark.contestants import CONTESTANTS, CTranslate2, Job, ctranslate2_pieces
 from esrl.benchmark.limit import limit
 from esrl.benchmark.measure import Meter, Result, lengths_agree
@@ -295,6 +296,20 @@ def test_peak_memory_sees_what_was_freed_and_starts_anew():
     assert 62 < memory.peak() < 80
     again = PeakMemory(uses_torch=True)
     assert not again.resettable or again.peak() < 16
+
+
+def test_a_waiting_contestant_gives_much_memory_back_and_keeps_little(monkeypatch):
+    memory, released = PeakMemory(uses_torch=False), []
+    monkeypatch.setattr(worker_module, "_release_free_memory", lambda: released.append(True))
+    monkeypatch.setattr(memory, "cuda", False)
+    monkeypatch.setattr(memory, "resettable", True)
+    resident = memory.rest
+    monkeypatch.setattr(memory, "_rest", lambda: resident + 2 * 2**30)
+    memory.release()
+    assert not released
+    resident += 1
+    memory.release()
+    assert released
 
 
 def test_command_prints_one_json_object(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

@@ -64,7 +64,7 @@ class PeakMemory:
         Little is kept: a system that takes pages back gives others for them later, slower ones on a virtual machine,
         and whoever is measured in short turns would pay for it in each.
         """
-        if not Path("/proc/self/status").exists() or _status("VmRSS") - self.rest > _KEPT:
+        if self.cuda or not self.resettable or self._rest() - self.rest > _KEPT:
             _release_free_memory()
 
     def _rest(self) -> int:
