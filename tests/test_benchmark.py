@@ -251,6 +251,15 @@ def gradients_of(contestant: StepContestant, monkeypatch: pytest.MonkeyPatch) ->
     return found, contestant.run(seed=3)()
 
 
+@pytest.mark.parametrize("name", ["esrl", "naive", "conventional-reinforce"])
+def test_a_single_sample_has_a_gradient(name, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
+    """Minimum risk over one sample has none, and ours would then have nothing to do."""
+    contestant = STEPS[name](dataclasses.replace(job(name, folders["esrl"], "step"), samples=1))
+    gradients, _ = gradients_of(contestant, monkeypatch)
+    # of every layer of the encoder and the decoder
+    assert all(float(gradient.abs().max()) > 0 for gradient in gradients)
+
+
 def test_the_steps_do_the_same_work(steps: dict[str, StepContestant], monkeypatch: pytest.MonkeyPatch):
     """Ours and the conventional one draw the same samples and have the same gradient; REINFORCE has another one."""
     results = {name: gradients_of(contestant, monkeypatch) for name, contestant in steps.items()}

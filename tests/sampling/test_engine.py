@@ -418,7 +418,7 @@ def test_rows_that_have_ended_are_overwritten_by_the_last_ones(ended, sizes):
     """All rows that go on are kept, once each; of them only those behind the new end change place."""
     done = torch.tensor(ended)
     size = min(batch_size(int((~done).sum()), sizes), len(done))
-    order = _survivors(done, size).tolist()
+    order = _survivors(done.tolist(), size)
     assert len(order) == len(set(order)) == size
     going_on = {row for row, end in enumerate(ended) if not end}
     assert going_on <= set(order)

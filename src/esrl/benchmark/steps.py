@@ -47,7 +47,7 @@ class StepContestant:
 
     Args:
         way: draws, and says how to add the gradient of the rewarded samples to the parameters.
-        kind: of the objective.
+        kind: of the objective; MRT alone has no gradient at k = 1, for which ours would do nothing.
         spend: k for so many prompts, from the job's; (P,).
     """
 
@@ -55,7 +55,7 @@ class StepContestant:
         self,
         job: Job,
         way: Callable[[StepContestant, Prompts, SamplingPlan, int], Sampled],
-        kind: ObjectiveKind = "mrt",
+        kind: ObjectiveKind = "fused",
         spend: Callable[[int, int], Tensor] | None = None,
     ) -> None:
         self.job = job
@@ -197,7 +197,7 @@ def score_padded(policy: MarianPolicy, prompts: Prompts, rollouts: Rollouts) -> 
 STEPS: dict[str, Callable[[Job], StepContestant]] = {
     "esrl": partial(StepContestant, way=_two_stages),
     "esrl-dynamic": partial(StepContestant, way=_two_stages, spend=_dynamically),
-    "conventional-mrt": partial(StepContestant, way=_graph_kept),
+    "conventional-mrt": partial(StepContestant, way=_graph_kept, kind="mrt"),
     "conventional-reinforce": partial(StepContestant, way=_graph_kept, kind="reinforce"),
     "naive": partial(StepContestant, way=_naively),
 }

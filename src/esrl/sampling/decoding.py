@@ -7,6 +7,7 @@ large.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -216,21 +217,24 @@ def survivors(done: Tensor, sizes: list[int], over: list[bool], size: int) -> li
         done: (A,) which rows have ended; sizes: of the waves, which follow each other.
         over: waves at the end of their steps: none of their rows may stay.
     """
-    parts = done.split(sizes)
-    counts = torch.stack([(~part).sum() for part in parts]).tolist()
+    flags = done.tolist()  # lists: a hundred rows are not worth a dozen operations on tensors for each wave
+    ends = list(itertools.accumulate(sizes))
+    parts = [flags[end - length : end] for end, length in zip(ends, sizes, strict=True)]
+    counts = [part.count(False) for part in parts]
     spare = size - sum(counts)
     kept = []
     for part, count, end in zip(reversed(parts), reversed(counts), reversed(over), strict=True):
         more = 0 if end or not count else min(spare, len(part) - count)
         spare -= more
-        kept.append(_survivors(part, count + more))
+        kept.append(torch.tensor(_survivors(part, count + more), dtype=torch.int64, device=done.device))
     return kept[::-1]
 
 
-def _survivors(done: Tensor, size: int) -> Tensor:
-    """``size`` rows with all that have not ended: the last ones take the places of those that have, the others stay."""
-    order = torch.arange(size, device=done.device)
-    movers = (~done[size:]).nonzero()[:, 0] + size
-    holes = done[:size].nonzero()[:, 0]
-    order[holes[: len(movers)]] = movers
+def _survivors(done: list[bool], size: int) -> list[int]:
+    """``size`` rows with all that have not ended; the last ones take the places of those that have, the others stay."""
+    order = list(range(size))
+    movers = [row for row in range(size, len(done)) if not done[row]]
+    holes = [row for row in order if done[row]]
+    for hole, mover in zip(holes, movers, strict=False):
+        order[hole] = mover
     return order
