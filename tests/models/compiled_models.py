@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from esrl.models.adapters import LoraSettings, add_adapter
 from esrl.models.seq2seq import MarianPolicy, Preset, new_policy
 
 
@@ -22,3 +23,14 @@ def make(
         for layer in [*policy.model.model.encoder.layers, *policy.model.model.decoder.layers]:
             layer.activation_fn = nn.SiLU()
     return policy
+
+
+def with_adapter(policy: MarianPolicy) -> MarianPolicy:
+    """The policy with LoRA that changes what it does."""
+    adapted = add_adapter(policy, LoraSettings(rank=4))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in adapted.model.named_parameters():
+            if "lora_" in name:  # A, too: its start is from nobody's seed
+                parameter.normal_(std=0.1, generator=generator)
+    return adapted
