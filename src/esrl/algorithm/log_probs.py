@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from esrl.algorithm.products import linear
+from esrl.algorithm.products import input_gradient, linear, weight_gradient
 
 _LOG2_E = math.log2(math.e)
 
@@ -192,9 +192,8 @@ class _WeightedLogProbSum(torch.autograd.Function):
                 grad_bias += grad.sum(0)
             total_weight = weight.grad if direct else grad_weight
             if total_weight is not None:
-                # not addmm_, which PyTorch's counter of operations overlooks
-                torch.addmm(total_weight, grad.t().to(wide), hidden[part].to(wide), out=total_weight)
-            torch.mm(grad.to(inputs.dtype), projection.weight, out=grad_inputs[part])
+                weight_gradient(grad.to(wide), hidden[part].to(wide), total_weight)
+            grad_inputs[part] = input_gradient(grad.to(inputs.dtype), projection.weight)
         ctx.hidden_dtype, ctx.dtype = hidden.dtype, weight.dtype
         ctx.save_for_backward(grad_inputs, grad_weight, grad_bias)
         return total

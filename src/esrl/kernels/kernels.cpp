@@ -3,7 +3,10 @@
 
 #include "draw.h"
 #include "encoder.h"
+#include "gradient.h"
+#include "product.h"
 #include "rouge.h"
+#include "training_attention.h"
 
 using namespace esrl;
 
@@ -45,6 +48,27 @@ void esrl_draw(const Linear* projection, float* states, int64_t stride, int64_t 
     count(*projection, rows);
 #pragma omp parallel num_threads(threads)
     draw(*projection, {states, stride}, rows, tau, uniforms, together, room, *drawn);
+}
+
+// The weight as it is, (outputs, inputs) or, transposed, (inputs, outputs); out: (rows, outputs), contiguous.
+void esrl_product(float* weight, int64_t weight_stride, int64_t transposed, const float* bias, float* x, int64_t x_stride,
+                  int64_t rows, int64_t inputs, int64_t outputs, float* out, int64_t threads) {
+    operations += 2 * rows * outputs * inputs;
+#pragma omp parallel num_threads(threads)
+    product({weight, weight_stride}, transposed, bias, {x, x_stride}, rows, inputs, outputs, {out, outputs}, Team());
+}
+
+// (rows, outputs) and (rows, inputs) -> (outputs, inputs), contiguous. 0: no memory.
+int64_t esrl_weight_gradient(float* gradient, int64_t gradient_stride, float* x, int64_t x_stride, int64_t rows,
+                             int64_t outputs, int64_t inputs, float* out, int64_t add, int64_t threads) try {
+    std::vector<float> room(gradient_room(rows, inputs));
+    operations += 2 * rows * outputs * inputs;
+#pragma omp parallel num_threads(threads)
+    weight_gradient({gradient, gradient_stride}, {x, x_stride}, rows, outputs, inputs, {out, inputs}, add, room.data(),
+                    Team());
+    return 1;
+} catch (const std::bad_alloc&) {
+    return 0;
 }
 
 int64_t esrl_room(int64_t outputs) { return (outputs + SUMMED - 1) / SUMMED * SUMMED + W; }
@@ -128,6 +152,20 @@ int64_t esrl_encode(const Encoder* encoder, const Sources* sources, float* const
         for (int64_t p = first; p < last; p++)
             operations += 4 * encoder->num_layers * width * (starts[p + 1] - starts[p]) * (starts[p + 1] - starts[p]);
     }
+    return 1;
+} catch (const std::bad_alloc&) {
+    return 0;
+}
+
+// Attention with a gradient, or the way back. 0: no memory.
+int64_t esrl_attention(const Attention* a, int64_t width, int64_t back, int64_t threads) try {
+    const int64_t rows = a->rows ? a->starts[a->items] : a->items;
+    const int64_t pairs = a->causal ? a->queries * (a->queries + 1) / 2 : a->queries * a->keys;
+    operations += (back ? 10 : 4) * rows * a->heads * pairs * width;  // five products, or two
+    with_vectors(width / W, [&](auto vectors) {
+#pragma omp parallel num_threads(threads)
+        attention<decltype(vectors)::value>(*a, back);
+    });
     return 1;
 } catch (const std::bad_alloc&) {
     return 0;

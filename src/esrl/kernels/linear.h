@@ -52,13 +52,21 @@ static inline vec activate(vec x, int64_t activation) {
     return x;
 }
 
+// A block of a layer's outputs: its weights laid out, its bias if there is one.
+struct Block {
+    const float *weight, *bias;
+    int64_t inputs;
+    int64_t there;  // outputs, BLOCK at most
+    int64_t activation;
+};
+
 template <int M>
-static void tile(const Linear& l, int64_t block, Rows x, Rows out, const float* residual, int64_t stride) {
+static void tile(const Block& b, Rows x, Rows out, const float* residual, int64_t stride) {
     vec sum[M][WIDE] = {};
-    const float* w = l.weight + block * BLOCK * l.inputs;
-    for (int64_t from = 0; from < l.inputs; from += CHAIN) {
+    const float* w = b.weight;
+    for (int64_t from = 0; from < b.inputs; from += CHAIN) {
         vec part[M][WIDE] = {};
-        const int64_t to = std::min(l.inputs, from + CHAIN);
+        const int64_t to = std::min(b.inputs, from + CHAIN);
 #pragma GCC unroll 1
         for (int64_t i = from; i < to; i++, w += BLOCK) {
             vec weight[WIDE];
@@ -78,29 +86,27 @@ static void tile(const Linear& l, int64_t block, Rows x, Rows out, const float* 
 #pragma GCC unroll 8
             for (int n = 0; n < WIDE; n++) sum[m][n] += part[m][n];
     }
-    const float* bias = l.bias + block * BLOCK;
-    const int64_t column = block * BLOCK;
-    const int64_t there = std::min<int64_t>(BLOCK, l.outputs - column);
     for (int m = 0; m < M; m++) {
         float numbers[BLOCK];
-        for (int n = 0; n < WIDE; n++) store(numbers + n * W, activate(sum[m][n] + load(bias + n * W), l.activation));
-        float* to = out.row(m) + column;
-        const float* add = residual ? residual + m * stride + column : nullptr;
-        if (there == BLOCK) {
+        for (int n = 0; n < WIDE; n++)
+            store(numbers + n * W, activate(b.bias ? sum[m][n] + load(b.bias + n * W) : sum[m][n], b.activation));
+        float* to = out.row(m);
+        const float* add = residual ? residual + m * stride : nullptr;
+        if (b.there == BLOCK) {
             for (int n = 0; n < WIDE; n++) {
                 const vec value = load(numbers + n * W);
                 store(to + n * W, add ? value + load(add + n * W) : value);
             }
         } else {
-            for (int64_t j = 0; j < there; j++) to[j] = add ? numbers[j] + add[j] : numbers[j];
+            for (int64_t j = 0; j < b.there; j++) to[j] = add ? numbers[j] + add[j] : numbers[j];
         }
     }
 }
 
 template <int M>
-static inline void any_tile(int64_t m, const Linear& l, int64_t block, Rows x, Rows out, const float* res, int64_t s) {
-    if (m == M) return tile<M>(l, block, x, out, res, s);
-    if constexpr (M > 1) any_tile<M - 1>(m, l, block, x, out, res, s);
+static inline void any_tile(int64_t m, const Block& b, Rows x, Rows out, const float* residual, int64_t stride) {
+    if (m == M) return tile<M>(b, x, out, residual, stride);
+    if constexpr (M > 1) any_tile<M - 1>(m, b, x, out, residual, stride);
 }
 
 // out = activation(x W' + b) [+ residual]: this thread's part. `residual` may be where `out` is.
@@ -115,11 +121,13 @@ static void linear(const Linear& l, Rows x, int64_t rows, Rows out, const Rows* 
         const int64_t from = tiles * part / parts, here = tiles * (part + 1) / parts - from;
         const int64_t divided = std::min(groups, here);
         for (int64_t task = team.begin(blocks * divided); task < team.end(blocks * divided); task++) {
-            const int64_t block = task / divided, group = task % divided;
+            const int64_t column = task / divided * BLOCK, group = task % divided;
+            const Block block{l.weight + column * l.inputs, l.bias + column, l.inputs,
+                              std::min<int64_t>(BLOCK, l.outputs - column), l.activation};
             for (int64_t i = from + here * group / divided; i < from + here * (group + 1) / divided; i++) {
                 const int64_t begin = rows * i / tiles, end = rows * (i + 1) / tiles;
-                const float* add = residual ? residual->row(begin) : nullptr;
-                any_tile<TILE>(end - begin, l, block, {x.row(begin), x.stride}, {out.row(begin), out.stride}, add,
+                const float* add = residual ? residual->row(begin) + column : nullptr;
+                any_tile<TILE>(end - begin, block, {x.row(begin), x.stride}, {out.row(begin) + column, out.stride}, add,
                                residual ? residual->stride : 0);
             }
         }

@@ -62,12 +62,23 @@ class Native:
                     integer,
                 ],
             ),
+            (
+                "product",
+                None,
+                [pointer, integer, integer, pointer, pointer, integer, *[integer] * 3, pointer, integer],
+            ),
+            (
+                "weight_gradient",
+                integer,
+                [pointer, integer, pointer, integer, *[integer] * 3, pointer, integer, integer],
+            ),
             ("decoder", pointer, [pointer, integer]),
             ("free", None, [pointer]),
             ("join", integer, [pointer, pointer, pointer, integer]),
             ("keep", integer, [pointer, pointer, integer]),
             ("step", integer, [pointer, pointer, pointer, integer]),
             ("rouge_l", integer, [c_char_p, c_char_p, integer, pointer]),
+            ("attention", integer, [pointer, integer, integer, integer]),
             ("encode", integer, [pointer, pointer, pointer, pointer, integer]),
         ):
             function = getattr(self.library, f"esrl_{name}")
@@ -113,6 +124,46 @@ class Native:
             torch.get_num_threads(),
         )
         return results
+
+    def product(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False
+    ) -> Tensor:
+        """hidden @ weight.T + bias, (R, D) and (N, D) -> (R, N), or hidden @ weight if it is ``transposed``."""
+        rows, inputs = hidden.shape
+        outputs = weight.shape[1] if transposed else weight.shape[0]
+        result = torch.empty(rows, outputs)
+        hidden, weight = _rows(hidden), _rows(weight)
+        bias = None if bias is None else bias.contiguous()
+        self.library.esrl_product(
+            weight.data_ptr(),
+            weight.stride(0),
+            transposed,
+            None if bias is None else bias.data_ptr(),
+            hidden.data_ptr(),
+            hidden.stride(0),
+            *(rows, inputs, outputs),
+            result.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return result
+
+    def weight_gradient(self, gradient: Tensor, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """gradient.T @ hidden, (R, N) and (R, D) -> (N, D), all float32; added to a contiguous ``out`` if there is one."""
+        (rows, outputs), inputs = gradient.shape, hidden.shape[1]
+        result = torch.empty(outputs, inputs) if out is None else out
+        gradient, hidden = _rows(gradient), _rows(hidden)
+        if not self.library.esrl_weight_gradient(
+            gradient.data_ptr(),
+            gradient.stride(0),
+            hidden.data_ptr(),
+            hidden.stride(0),
+            *(rows, outputs, inputs),
+            result.data_ptr(),
+            out is not None,
+            torch.get_num_threads(),
+        ):
+            raise MemoryError(f"there is no memory for the gradient of {rows} rows of {inputs} numbers.")
+        return result
 
     def rouge_l(self, completions: bytes, references: bytes, pairs: int) -> list[float]:
         """ROUGE-L's F-measure of each pair of UTF-8 texts, each followed by a 0; of letters it lowers A-Z alone."""

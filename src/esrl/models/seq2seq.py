@@ -16,6 +16,7 @@ from torch.nn import functional
 from transformers import MarianConfig, MarianMTModel
 
 from esrl.algorithm.log_probs import Projection
+from esrl.models import attention
 from esrl.models.cached_decoder import FrozenMarianDecoder
 from esrl.models.compiled import fitting_kernels
 from esrl.models.compiled_decoder import CompiledMarianDecoder
@@ -131,18 +132,13 @@ class MarianPolicy:
         hidden = self._drop(hidden, decoder.dropout)
         cross = _CrossAttention(state, index, inputs.shape[1])
         for i, layer in enumerate(self._layers):
-            attention = layer.self_attn
-            query, key, value = (
-                split_heads(project(hidden), attention.num_heads)
-                for project in (attention.q_proj, attention.k_proj, attention.v_proj)
-            )
-            mixed = functional.scaled_dot_product_attention(
-                query, key, value, is_causal=True, dropout_p=self._rate(attention.dropout)
-            )
-            hidden = self._add(layer, hidden, attention.out_proj(merge_heads(mixed)), layer.self_attn_layer_norm)
-            attention = layer.encoder_attn
-            mixed = cross(i, attention.q_proj(hidden), attention.num_heads, self._rate(attention.dropout))
-            hidden = self._add(layer, hidden, attention.out_proj(mixed), layer.encoder_attn_layer_norm)
+            own = layer.self_attn
+            states = (project(hidden) for project in (own.q_proj, own.k_proj, own.v_proj))
+            mixed = self_attention(*states, own.num_heads, self._rate(own.dropout))
+            hidden = self._add(layer, hidden, own.out_proj(mixed), layer.self_attn_layer_norm)
+            other = layer.encoder_attn
+            mixed = cross(i, other.q_proj(hidden), other.num_heads, self._rate(other.dropout))
+            hidden = self._add(layer, hidden, other.out_proj(mixed), layer.encoder_attn_layer_norm)
             inner = self._drop(layer.activation_fn(layer.fc1(hidden)), layer.activation_dropout)
             hidden = self._add(layer, hidden, layer.fc2(inner), layer.final_layer_norm)
         return hidden
@@ -182,6 +178,16 @@ class MarianPolicy:
         return result
 
 
+def self_attention(query: Tensor, key: Tensor, value: Tensor, heads: int, dropout: float) -> Tensor:
+    """(R, T, D) each -> (R, T, D); position t reads those up to t."""
+    native = None if dropout else attention.fitting_kernels(heads, query, key, value)
+    if native is not None:
+        parts = (states.unflatten(2, (heads, -1)) for states in (query, key, value))
+        return attention.attention(native, *parts, None).flatten(2)
+    parts = (split_heads(states, heads) for states in (query, key, value))
+    return merge_heads(functional.scaled_dot_product_attention(*parts, is_causal=True, dropout_p=dropout))
+
+
 class _CrossAttention:
     """Cross-attention of (R, T) positions to their prompts.
 
@@ -203,10 +209,15 @@ class _CrossAttention:
         self.state, self.groups, self.used = state, groups, None if everything else used
         mask = state.mask if everything else state.mask[used]
         self.mask = None if bool(mask.all()) else mask[:, None, None, :]
+        self.shared = attention.Shared.of(prompt_index, state.mask)
 
     def __call__(self, layer: int, query: Tensor, heads: int, dropout: float) -> Tensor:
         """(R, T, D) queries -> (R, T, D)."""
         keys, values = self.state.keys[layer], self.state.values[layer]
+        native = None if dropout else attention.fitting_kernels(heads, query, keys, values)
+        if native is not None:
+            own = (states.transpose(1, 2) for states in (keys, values))
+            return attention.attention(native, query.unflatten(2, (heads, -1)), *own, self.shared).flatten(2)
         if self.used is not None:
             keys, values = keys.index_select(0, self.used), values.index_select(0, self.used)
         length, groups = query.shape[1], self.groups

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from esrl.algorithm.log_probs import MAX_LOGITS, token_log_probs, weighted_log_prob_sum
+from esrl.algorithm.products import accumulating
 from esrl.algorithm.streams import seed_of
 from esrl.errors import OutOfMemoryError
 from esrl.models.policy import Policy, PromptState
@@ -182,7 +183,8 @@ class StageTwo:
         for part in self._parts(prompts, rollouts, useful, seed):
             cut, leaves = _cut(part.state)
             for batch in part.batches:
-                hidden = self._hidden(part, cut, batch)[batch.mask]
+                with accumulating():
+                    hidden = self._hidden(part, cut, batch)[batch.mask]
                 with autocast(self.policy.device, self.policy.precision):
                     total = weighted_log_prob_sum(
                         hidden,

@@ -1,0 +1,95 @@
+// Matrix products with weights as they are, for both directions through a linear layer that learns.
+//
+// A thread lays out a block of outputs, PANEL inputs at a time, right before it is used: with a hundred rows and more
+// that is little work, and the weight needs no second place.
+#pragma once
+#include <utility>
+
+#include "linear.h"
+
+namespace esrl {
+
+constexpr int64_t PANEL = 512;  // inputs laid out at a time: with a block's outputs they stay near
+
+// Lane i of the result: of a 2 * SIZE wide piece the first half (or the second) comes from a, the rest from b.
+template <int SIZE, bool SECOND, int... I>
+static inline vec halves(vec a, vec b, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(a, b, (I / SIZE % 2 ? W + I - SIZE + (SECOND ? SIZE : 0) : I + (SECOND ? SIZE : 0))...);
+}
+
+// A square of W x W numbers, its rows vectors: rows become columns.
+template <int SIZE = W / 2>
+static inline void transpose(vec* rows) {
+    constexpr auto lanes = std::make_integer_sequence<int, W>();
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++) {
+        if (i / SIZE % 2) continue;
+        const vec a = rows[i], b = rows[i + SIZE];
+        rows[i] = halves<SIZE, false>(a, b, lanes);
+        rows[i + SIZE] = halves<SIZE, true>(a, b, lanes);
+    }
+    if constexpr (SIZE > 1) transpose<SIZE / 2>(rows);
+}
+
+// (there, inputs) of a weight -> (inputs, BLOCK); columns that fill up the block are 0.
+static void lay_out_rows(Rows weight, int64_t there, int64_t inputs, float* to) {
+    const int64_t whole = there == BLOCK ? inputs / W * W : 0;
+    for (int64_t i = 0; i < whole; i += W)
+        for (int n = 0; n < WIDE; n++) {
+            vec square[W];
+#pragma GCC unroll 16
+            for (int j = 0; j < W; j++) {
+                const float* from = weight.row(n * W + j) + i;
+                __builtin_prefetch(from + 4 * LINE);
+                square[j] = load(from);
+            }
+            transpose(square);
+#pragma GCC unroll 16
+            for (int d = 0; d < W; d++) store(to + (i + d) * BLOCK + n * W, square[d]);
+        }
+    for (int64_t i = whole; i < inputs; i++)
+        for (int64_t j = 0; j < BLOCK; j++) to[i * BLOCK + j] = j < there ? weight.row(j)[i] : 0;
+}
+
+// (inputs, there) of a weight's transpose -> (inputs, BLOCK).
+static void lay_out_columns(Rows weight, int64_t there, int64_t inputs, float* to) {
+    for (int64_t i = 0; i < inputs; i++, to += BLOCK) {
+        const float* from = weight.row(i);
+        if (there == BLOCK) {
+            for (int n = 0; n < WIDE; n++) store(to + n * W, load(from + n * W));
+        } else {
+            for (int64_t j = 0; j < BLOCK; j++) to[j] = j < there ? from[j] : 0;
+        }
+    }
+}
+
+// out = x weight' (+ bias), or x weight where it is `transposed`: this thread's part. Nothing may be where out is.
+static void product(Rows weight, bool transposed, const float* bias, Rows x, int64_t rows, int64_t inputs, int64_t outputs,
+                    Rows out, Team team) {
+    const int64_t blocks = (outputs + BLOCK - 1) / BLOCK, tiles = (rows + TILE - 1) / TILE;
+    const int64_t parts = (inputs + PANEL - 1) / PANEL;
+    const int64_t groups = std::min(tiles, std::max<int64_t>(1, team.size / blocks));
+    alignas(64) float near[PANEL * BLOCK], biases[BLOCK];
+    for (int64_t part = 0; part < parts; part++) {
+        const int64_t first = inputs * part / parts, count = inputs * (part + 1) / parts - first;
+        for (int64_t task = team.begin(blocks * groups); task < team.end(blocks * groups); task++) {
+            const int64_t column = task / groups * BLOCK, group = task % groups;
+            const int64_t there = std::min<int64_t>(BLOCK, outputs - column);
+            if (transposed)
+                lay_out_columns({weight.row(first) + column, weight.stride}, there, count, near);
+            else
+                lay_out_rows({weight.row(column) + first, weight.stride}, there, count, near);
+            const bool with_bias = bias && !part;
+            if (with_bias)
+                for (int64_t j = 0; j < BLOCK; j++) biases[j] = j < there ? bias[column + j] : 0;
+            const Block block{near, with_bias ? biases : nullptr, count, there, NONE};
+            for (int64_t i = tiles * group / groups; i < tiles * (group + 1) / groups; i++) {
+                const int64_t begin = rows * i / tiles, end = rows * (i + 1) / tiles;
+                const Rows to{out.row(begin) + column, out.stride};
+                any_tile<TILE>(end - begin, block, {x.row(begin) + first, x.stride}, to, part ? to.at : nullptr, to.stride);
+            }
+        }
+    }
+}
+
+}  // namespace esrl
