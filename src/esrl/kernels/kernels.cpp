@@ -159,9 +159,7 @@ int64_t esrl_encode(const Encoder* encoder, const Sources* sources, float* const
 
 // Attention with a gradient, or the way back. 0: no memory.
 int64_t esrl_attention(const Attention* a, int64_t width, int64_t back, int64_t threads) try {
-    const int64_t rows = a->rows ? a->starts[a->items] : a->items;
-    const int64_t pairs = a->causal ? a->queries * (a->queries + 1) / 2 : a->queries * a->keys;
-    operations += (back ? 10 : 4) * rows * a->heads * pairs * width;  // five products, or two
+    operations += attention_operations(*a, width, back);
     with_vectors(width / W, [&](auto vectors) {
 #pragma omp parallel num_threads(threads)
         attention<decltype(vectors)::value>(*a, back);

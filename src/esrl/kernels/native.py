@@ -148,7 +148,7 @@ class Native:
         return result
 
     def weight_gradient(self, gradient: Tensor, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """gradient.T @ hidden, (R, N) and (R, D) -> (N, D), all float32; added to a contiguous ``out`` if there is one."""
+        """gradient.T @ hidden, (R, N) and (R, D) -> (N, D), float32; added to a contiguous ``out`` if there is one."""
         (rows, outputs), inputs = gradient.shape, hidden.shape[1]
         result = torch.empty(outputs, inputs) if out is None else out
         gradient, hidden = _rows(gradient), _rows(hidden)

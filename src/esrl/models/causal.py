@@ -144,6 +144,13 @@ class CausalPolicy:
         hidden: Tensor = output.last_hidden_state
         return hidden
 
+    @property
+    def packs(self) -> bool:
+        return False
+
+    def token_states(self, state: PromptState, prompt_index: Tensor, inputs: Tensor, mask: Tensor) -> Tensor:
+        return self.hidden_states(state, prompt_index, inputs)[mask]
+
     def _but_last(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
         """(P, S) tokens of each prompt but its last, padded on the right, and their mask."""
         mask = prompts.mask.to(self.device)

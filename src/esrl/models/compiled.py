@@ -11,9 +11,7 @@ from torch.nn import functional
 
 from esrl.kernels import LaidOut, Native, kernels
 from esrl.kernels.native import LinearStruct
-
-_HEAD_VECTORS = (1, 2, 4, 8, 16)
-"""Widths of a head, in vectors, that the kernels are compiled for."""
+from esrl.models.attention import HEAD_VECTORS
 
 
 class NormStruct(Structure):
@@ -56,7 +54,7 @@ def fitting_kernels(part: Any) -> Native | None:
         return None
     native = kernels()
     head_width = width // layer.self_attn.num_heads
-    if native is None or head_width not in [native.vector * count for count in _HEAD_VECTORS]:
+    if native is None or head_width not in [native.vector * count for count in HEAD_VECTORS]:
         return None
     return native
 

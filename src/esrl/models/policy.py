@@ -125,6 +125,15 @@ class Policy(Protocol):
         """One parallel forward: decoder inputs (R, T), start token first -> (R, T, D)."""
         ...
 
+    @property
+    def packs(self) -> bool:
+        """Whether ``token_states`` spends neither time nor memory on padding."""
+        ...
+
+    def token_states(self, state: PromptState, prompt_index: Tensor, inputs: Tensor, mask: Tensor) -> Tensor:
+        """The same for real tokens alone, those of a row before its padding: (R, T) bool -> (n, D), row by row."""
+        ...
+
     def projection(self) -> Projection:
         """The vocabulary projection, suppressed tokens at -inf."""
         ...

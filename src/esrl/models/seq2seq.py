@@ -16,14 +16,13 @@ from torch.nn import functional
 from transformers import MarianConfig, MarianMTModel
 
 from esrl.algorithm.log_probs import Projection
-from esrl.models import attention
+from esrl.models.attention import Attention, PackedAttention, PaddedAttention, packing_kernels, split_heads
 from esrl.models.cached_decoder import FrozenMarianDecoder
 from esrl.models.compiled import fitting_kernels
 from esrl.models.compiled_decoder import CompiledMarianDecoder
 from esrl.models.compiled_encoder import CompiledMarianEncoder
 from esrl.models.folders import read_config, read_tokenizer, read_weights
 from esrl.models.frozen import merged_linear, twin
-from esrl.models.groups import PromptGroups
 from esrl.models.policy import FrozenDecoder, PromptState
 from esrl.models.precision import Precision, in_precision
 from esrl.types import Prompts
@@ -126,18 +125,32 @@ class MarianPolicy:
 
     @in_precision
     def hidden_states(self, state: PromptState, prompt_index: Tensor, inputs: Tensor) -> Tensor:
-        decoder, index = self.plain.model.decoder, prompt_index.to(self.device)
-        positions = decoder.embed_positions.weight[: inputs.shape[1]]
-        hidden = decoder.embed_tokens(inputs) * decoder.embed_scale + positions
+        positions = torch.arange(inputs.shape[1], device=self.device)
+        attention = PaddedAttention(state, prompt_index.to(self.device), inputs.shape[1])
+        return self._decode(inputs, positions, attention)
+
+    @property
+    def packs(self) -> bool:
+        return self.precision == "float32" and packing_kernels(self.plain.model.decoder) is not None
+
+    @in_precision
+    def token_states(self, state: PromptState, prompt_index: Tensor, inputs: Tensor, mask: Tensor) -> Tensor:
+        native = packing_kernels(self.plain.model.decoder)
+        if native is None or not self.packs:
+            return self.hidden_states(state, prompt_index, inputs)[mask]
+        attention = PackedAttention(native, state, prompt_index, mask.sum(1))
+        return self._decode(inputs[mask], mask.nonzero()[:, 1], attention)
+
+    def _decode(self, inputs: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+        """(..., D) states of inputs (...) at these positions."""
+        decoder = self.plain.model.decoder
+        hidden = decoder.embed_tokens(inputs) * decoder.embed_scale + decoder.embed_positions.weight[positions]
         hidden = self._drop(hidden, decoder.dropout)
-        cross = _CrossAttention(state, index, inputs.shape[1])
         for i, layer in enumerate(self._layers):
-            own = layer.self_attn
-            states = (project(hidden) for project in (own.q_proj, own.k_proj, own.v_proj))
-            mixed = self_attention(*states, own.num_heads, self._rate(own.dropout))
+            own, other = layer.self_attn, layer.encoder_attn
+            mixed = attention.own(own.q_proj(hidden), own.k_proj(hidden), own.v_proj(hidden))
             hidden = self._add(layer, hidden, own.out_proj(mixed), layer.self_attn_layer_norm)
-            other = layer.encoder_attn
-            mixed = cross(i, other.q_proj(hidden), other.num_heads, self._rate(other.dropout))
+            mixed = attention.prompts(i, other.q_proj(hidden))
             hidden = self._add(layer, hidden, other.out_proj(mixed), layer.encoder_attn_layer_norm)
             inner = self._drop(layer.activation_fn(layer.fc1(hidden)), layer.activation_dropout)
             hidden = self._add(layer, hidden, layer.fc2(inner), layer.final_layer_norm)
@@ -167,9 +180,6 @@ class MarianPolicy:
     def _layers(self) -> Any:
         return self.plain.model.decoder.layers
 
-    def _rate(self, rate: float) -> float:
-        return rate if self.model.training else 0.0
-
     def _drop(self, hidden: Tensor, rate: float) -> Tensor:
         return functional.dropout(hidden, rate) if self.model.training and rate else hidden
 
@@ -178,69 +188,9 @@ class MarianPolicy:
         return result
 
 
-def self_attention(query: Tensor, key: Tensor, value: Tensor, heads: int, dropout: float) -> Tensor:
-    """(R, T, D) each -> (R, T, D); position t reads those up to t."""
-    native = None if dropout else attention.fitting_kernels(heads, query, key, value)
-    if native is not None:
-        parts = (states.unflatten(2, (heads, -1)) for states in (query, key, value))
-        return attention.attention(native, *parts, None).flatten(2)
-    parts = (split_heads(states, heads) for states in (query, key, value))
-    return merge_heads(functional.scaled_dot_product_attention(*parts, is_causal=True, dropout_p=dropout))
-
-
-class _CrossAttention:
-    """Cross-attention of (R, T) positions to their prompts.
-
-    The rows of a prompt read its keys and values together, without a copy for each. Where prompts have very different
-    numbers of rows, filling up the groups would take more room than the copies: then each row gets its own.
-
-    Args:
-        prompt_index: (R,).
-        length: T.
-    """
-
-    def __init__(self, state: PromptState, prompt_index: Tensor, length: int) -> None:
-        used, local = torch.unique(prompt_index, return_inverse=True)
-        groups = PromptGroups.of(local, len(used))
-        room = groups.num_prompts * groups.ranks * length
-        if room > len(prompt_index) * (length + state.mask.shape[1]):
-            used, groups = prompt_index, PromptGroups(len(prompt_index), 1, None)
-        everything = len(used) == len(state.mask) and bool((used == torch.arange(len(used), device=used.device)).all())
-        self.state, self.groups, self.used = state, groups, None if everything else used
-        mask = state.mask if everything else state.mask[used]
-        self.mask = None if bool(mask.all()) else mask[:, None, None, :]
-        self.shared = attention.Shared.of(prompt_index, state.mask)
-
-    def __call__(self, layer: int, query: Tensor, heads: int, dropout: float) -> Tensor:
-        """(R, T, D) queries -> (R, T, D)."""
-        keys, values = self.state.keys[layer], self.state.values[layer]
-        native = None if dropout else attention.fitting_kernels(heads, query, keys, values)
-        if native is not None:
-            own = (states.transpose(1, 2) for states in (keys, values))
-            return attention.attention(native, query.unflatten(2, (heads, -1)), *own, self.shared).flatten(2)
-        if self.used is not None:
-            keys, values = keys.index_select(0, self.used), values.index_select(0, self.used)
-        length, groups = query.shape[1], self.groups
-        together = groups.spread(query).flatten(1, 2)  # (P, ranks * T, D)
-        mixed = functional.scaled_dot_product_attention(
-            split_heads(together, heads), keys, values, attn_mask=self.mask, dropout_p=dropout
-        )
-        return groups.collect(merge_heads(mixed).unflatten(1, (groups.ranks, length)))
-
-
-def split_heads(states: Tensor, heads: int) -> Tensor:
-    """(R, T, D) -> (R, heads, T, head width)."""
-    return states.view(*states.shape[:2], heads, -1).transpose(1, 2)
-
-
 def _laid_out(states: Tensor, heads: int) -> Tensor:
     """As ``split_heads``, contiguous: batched products at every step would otherwise copy it each time."""
     return split_heads(states, heads).contiguous()
-
-
-def merge_heads(states: Tensor) -> Tensor:
-    """(R, heads, T, head width) -> (R, T, D)."""
-    return states.transpose(1, 2).flatten(2)
 
 
 def load_policy(path: str | Path, dtype: torch.dtype = torch.float32) -> MarianPolicy:

@@ -36,7 +36,7 @@ class GradientConfig:
     """`two_stage` (paper) or `graph`: the conventional step that keeps the graph of sampling, for small models (the
     ablation without two stages)."""
     micro_batch_tokens: int | None = None
-    """Target tokens, padding included, in one micro-batch; halved when memory runs out. Unset: 16,384 on CUDA; on CPUs
+    """Target tokens in one micro-batch, with the padding that the family computes; halved when memory runs out. Unset: 16,384 on CUDA; on CPUs
     131,072 divided by the model's width, but 256 at least."""
     max_prompt_tokens: int | None = None
     """Source tokens, padding included, whose encoder graph is held at a time. Unset: 2,048 on CPUs, 65,536 on CUDA."""
@@ -145,7 +145,7 @@ class StageTwo:
         with torch.no_grad(), autocast(self.policy.device, self.policy.precision):
             for part in self._parts(prompts, rollouts, everything, seed):
                 for batch in part.batches:
-                    hidden = self._hidden(part, part.state, batch)[batch.mask]
+                    hidden = self._hidden(part, part.state, batch)
                     batch.put(
                         log_probs,
                         token_log_probs(
@@ -184,7 +184,7 @@ class StageTwo:
             cut, leaves = _cut(part.state)
             for batch in part.batches:
                 with accumulating():
-                    hidden = self._hidden(part, cut, batch)[batch.mask]
+                    hidden = self._hidden(part, cut, batch)
                 with autocast(self.policy.device, self.policy.precision):
                     total = weighted_log_prob_sum(
                         hidden,
@@ -202,9 +202,10 @@ class StageTwo:
             _go_back(part.state, leaves)
 
     def _hidden(self, part: _Part, state: PromptState, batch: _MicroBatch) -> Tensor:
+        """(n, D)."""
         if self.config.dropout:
             torch.manual_seed(seed_of("micro-batch", part.seed, batch.number))
-        return self.policy.hidden_states(state, batch.prompt_index, batch.inputs)
+        return self.policy.token_states(state, batch.prompt_index, batch.inputs, batch.mask)
 
     def _parts(self, prompts: Prompts, rollouts: Rollouts, rows: Tensor, seed: int) -> Iterator[_Part]:
         """Encode the prompts part by part, each with the micro-batches of its rows."""
@@ -225,14 +226,19 @@ class StageTwo:
     def _micro_batches(
         self, rollouts: Rollouts, rows: Tensor, members: Tensor, start_tokens: Tensor
     ) -> Iterator[_MicroBatch]:
-        """Rows sorted by length, packed until rows * longest reaches the limit."""
+        """Rows sorted by length, as many as the limit takes, with their padding if it is computed; one at least."""
         lengths = rollouts.lengths.cpu()[rows]
         order = torch.argsort(lengths, descending=True, stable=True)
         rows, lengths = rows[order], lengths[order]
+        before = lengths.cumsum(0) - lengths
         start, number = 0, 0
         while start < len(rows):
             width = int(lengths[start])
-            end = start + max(1, self.micro_batch_tokens // max(1, width))
+            if self.policy.packs:
+                end = int(torch.searchsorted(before + lengths, before[start] + self.micro_batch_tokens, right=True))
+            else:
+                end = start + self.micro_batch_tokens // max(1, width)
+            end = max(end, start + 1)
             chosen = rows[start:end]
             owner = torch.searchsorted(members, rollouts.prompt_index[chosen])
             yield self._micro_batch(rollouts, chosen, width, (owner, start_tokens.cpu()[owner]), number)
