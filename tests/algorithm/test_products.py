@@ -1,4 +1,4 @@
-"""Linear layers in oneDNN against PyTorch's own (the slow twin), gradients included."""
+"""Linear layers in the compiled kernels and in oneDNN against PyTorch's own (the slow twin), gradients included."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from esrl.algorithm import products
-from esrl.algorithm.products import FastLinear, linear
+from esrl.algorithm.products import FastLinear, accumulating, input_gradient, linear, weight_gradient
+from esrl.kernels import kernels, why_not
 
 WIDTH, OUTPUTS = 300, 260
 
@@ -21,15 +22,19 @@ def _on_any_processor(monkeypatch):
     monkeypatch.setattr(products, "faster_here", lambda: True)
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """Counts oneDNN's products, so that a test cannot pass by falling back."""
+@pytest.fixture(params=["kernels", "onednn"])
+def calls(request, monkeypatch):
+    """Counts the products of each way, so that a test cannot pass by falling back."""
+    if request.param == "onednn":
+        monkeypatch.setattr(products, "kernels", lambda: None)
+    elif kernels() is None:
+        pytest.skip(f"no compiled kernels: {why_not()}")
     counted: list[tuple[int, ...]] = []
     plain = products._product
 
-    def counting(hidden, weight, bias):
-        counted.append(tuple(weight.shape))
-        return plain(hidden, weight, bias)
+    def counting(hidden, weight, bias, *, transposed=False, room=None):
+        counted.append(tuple(weight.shape)[:: -1 if transposed else 1])
+        return plain(hidden, weight, bias, transposed=transposed, room=room)
 
     monkeypatch.setattr(products, "_product", counting)
     return counted
@@ -115,7 +120,8 @@ def test_what_onednn_is_not_for_is_left_to_pytorch(calls, monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         assert equal(hidden, weight, bias)
         assert linear(hidden, weight, bias).dtype == torch.bfloat16
-    with torch.backends.mkldnn.flags(enabled=False):
+    with torch.backends.mkldnn.flags(enabled=False), monkeypatch.context() as without:
+        without.setattr(products, "kernels", lambda: None)
         assert equal(hidden, weight, bias)
     monkeypatch.setattr(products, "MIN_WEIGHTS", weight.numel() + 1)
     assert equal(hidden, weight, bias)
@@ -138,7 +144,8 @@ def test_every_module_takes_it_within_the_mode(calls):
     assert len(calls) == 4  # outside all is as it was
 
 
-def test_kernels_are_made_for_few_numbers_of_rows():
+def test_kernels_of_onednn_are_made_for_few_numbers_of_rows(monkeypatch):
+    monkeypatch.setattr(products, "kernels", lambda: None)
     rows = set()
 
     class Seen(TorchDispatchMode):
@@ -152,3 +159,49 @@ def test_kernels_are_made_for_few_numbers_of_rows():
         for count in range(1, 101):
             linear(hidden[:count], weight, bias).sum().backward()
     assert rows == {*range(1, 8), *range(8, 65, 8), 96, 128}
+
+
+def test_gradients_by_themselves(calls):
+    hidden, weight, _ = (part.detach() for part in tensors((50,)))
+    gradient = torch.randn(50, OUTPUTS, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(input_gradient(gradient, weight), gradient @ weight, rtol=1e-5, atol=1e-4)
+    expected = gradient.t() @ hidden
+    torch.testing.assert_close(weight_gradient(gradient, hidden), expected, rtol=1e-5, atol=1e-4)
+    total = weight.clone()
+    assert weight_gradient(gradient, hidden, total) is total
+    torch.testing.assert_close(total, weight + expected, rtol=1e-5, atol=1e-4)
+    apart = torch.zeros(WIDTH, OUTPUTS).t()  # not contiguous
+    torch.testing.assert_close(weight_gradient(gradient, hidden, apart), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_layers_add_to_the_gradient_that_is_there(calls):
+    """Called twice, with what was there before; a layer without a gradient gets one, and autograd's own way is left."""
+    (hidden, weight, bias), slow = tensors((40,)), tensors((40,))
+    before = torch.randn(weight.shape, generator=torch.Generator().manual_seed(3))
+    weight.grad, slow[1].grad = before.clone(), before.clone()
+    place = weight.grad.data_ptr()
+    with accumulating():
+        found = linear(hidden, weight, bias) + linear(2 * hidden, weight)
+    (functional.linear(*slow) + functional.linear(2 * slow[0], slow[1])).pow(2).sum().backward()
+    found.pow(2).sum().backward()
+    for ours, plain in zip((hidden, weight, bias), slow, strict=True):
+        torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-4, atol=2)
+    assert weight.grad.data_ptr() == place
+
+    weight.grad = None
+    with accumulating():
+        found = linear(hidden, weight, bias)
+    found.pow(2).sum().backward()
+    assert weight.grad is not None
+    (asked,) = torch.autograd.grad(linear(hidden, weight, bias).pow(2).sum(), weight)
+    torch.testing.assert_close(asked, weight.grad, rtol=1e-5, atol=1e-2)
+
+
+def test_a_result_lies_in_the_room_that_is_given(calls):
+    hidden, weight, bias = (part.detach() for part in tensors((5,)))
+    room = torch.full((6 * OUTPUTS,), torch.nan)
+    with torch.no_grad():
+        found = linear(hidden, weight, bias, room)
+    torch.testing.assert_close(found, functional.linear(hidden, weight, bias), rtol=1e-5, atol=1e-4)
+    if products.kernels() is not None:
+        assert found.data_ptr() == room.data_ptr() and bool(room[5 * OUTPUTS :].isnan().all())

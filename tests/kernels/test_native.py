@@ -40,6 +40,63 @@ def test_a_linear_layer(native, rows, inputs, outputs):
     torch.testing.assert_close(found.double(), exact, rtol=0, atol=2e-6 * (inputs**0.5 + 1))
 
 
+# outputs and inputs as above, and more inputs than are laid out at a time; rows: more than are summed in one chain
+@pytest.mark.parametrize("outputs", [1, 31, 70, 321])
+@pytest.mark.parametrize("inputs", [1, 48, 300, 1100])
+@pytest.mark.parametrize("rows", [1, 13, 50, 600])
+def test_products_with_weights_as_they_are(native, rows, inputs, outputs):
+    weight, bias, hidden = random(outputs, inputs), random(outputs, seed=1), random(rows, inputs, seed=2)
+    gradient, before = random(rows, outputs, seed=3), random(outputs, inputs, seed=4)
+    tolerance = {"rtol": 0, "atol": 2e-6 * (max(rows, inputs, outputs) ** 0.5 + 1)}
+    exact = functional.linear(hidden.double(), weight.double(), bias.double())
+    torch.testing.assert_close(native.product(hidden, weight, bias).double(), exact, **tolerance)
+    torch.testing.assert_close(native.product(hidden, weight).double(), exact - bias, **tolerance)
+    exact = gradient.double() @ weight.double()
+    torch.testing.assert_close(native.product(gradient, weight, transposed=True).double(), exact, **tolerance)
+    exact = gradient.double().T @ hidden.double()
+    torch.testing.assert_close(native.weight_gradient(gradient, hidden).double(), exact, **tolerance)
+    total = before.clone()
+    assert native.weight_gradient(gradient, hidden, total) is total
+    torch.testing.assert_close(total.double(), before + exact, **tolerance)
+
+
+def test_products_of_parts_of_matrices(native):
+    weight, hidden, gradient = random(90, 200)[:, 30:130], random(40, 150, seed=1)[:, :100], random(90, 40, seed=2).T
+    there = (hidden.contiguous(), weight.contiguous())
+    assert torch.equal(native.product(hidden, weight), native.product(*there))
+    assert torch.equal(
+        native.product(gradient, weight, transposed=True),
+        native.product(gradient.contiguous(), there[1], transposed=True),
+    )
+    assert torch.equal(
+        native.weight_gradient(gradient, hidden), native.weight_gradient(gradient.contiguous(), there[0])
+    )
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 40])
+def test_products_do_not_depend_on_threads_or_other_rows_to_the_bit(native, threads):
+    weight, hidden, gradient = random(150, 1100), random(70, 1100, seed=1), random(70, 150, seed=2)
+    expected = native.product(hidden, weight), native.product(gradient, weight, transposed=True)
+    of_weight = native.weight_gradient(gradient, hidden)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for rows in (1, 11, 70):
+            assert torch.equal(native.product(hidden[:rows], weight), expected[0][:rows])
+            assert torch.equal(native.product(gradient[:rows], weight, transposed=True), expected[1][:rows])
+        assert torch.equal(native.weight_gradient(gradient, hidden), of_weight)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_operations_of_products_are_counted(native):
+    before = operations()
+    native.product(random(7, 30), random(40, 30))
+    native.product(random(7, 40), random(40, 30), transposed=True)
+    native.weight_gradient(random(7, 40), random(7, 30))
+    assert operations() - before == 3 * 2 * 7 * 30 * 40
+
+
 @pytest.mark.parametrize(
     ("name", "function"), [("none", lambda x: x), ("relu", functional.relu), ("silu", functional.silu)]
 )

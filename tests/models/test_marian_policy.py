@@ -14,8 +14,9 @@ from causal_models import join
 from transformers import AutoTokenizer, MarianMTModel
 
 from esrl.models import cached_decoder, seq2seq
+from esrl.models.attention import PaddedAttention, _merge_heads, split_heads
 from esrl.models.policy import PromptState
-from esrl.models.seq2seq import MarianPolicy, Preset, _CrossAttention, load_policy, merge_heads, new_policy, split_heads
+from esrl.models.seq2seq import MarianPolicy, Preset, load_policy, new_policy
 from esrl.models.tokenizer import train_tokenizer
 from esrl.types import Prompts
 
@@ -155,7 +156,7 @@ def test_heads_split_and_merge():
     states = torch.arange(24.0).view(1, 2, 12)
     split = split_heads(states, 3)
     assert split[0, 1].tolist() == [[4, 5, 6, 7], [16, 17, 18, 19]]  # head 1: columns 4-7 of both positions
-    assert torch.equal(merge_heads(split), states)
+    assert torch.equal(_merge_heads(split), states)
 
 
 def cached_logits(policy: MarianPolicy, prompts: Prompts, index: torch.Tensor, inputs: torch.Tensor, keep_at: dict):
@@ -242,8 +243,8 @@ def test_rows_of_uneven_prompts_get_their_own_copies_where_groups_would_take_mor
     index = torch.tensor([0] * 40 + list(range(1, 10)))
     inputs = decoder_inputs(random64, len(index), 4)
     state = random64.encode(prompts)
-    assert _CrossAttention(state, index, 4).groups.ranks == 1
-    assert _CrossAttention(state, torch.tensor([0, 0, 1, 2, 2]), 4).groups.ranks == 2
+    assert PaddedAttention(state, index, 4).groups.ranks == 1
+    assert PaddedAttention(state, torch.tensor([0, 0, 1, 2, 2]), 4).groups.ranks == 2
     with torch.no_grad():
         together = random64.hidden_states(state, index, inputs)
         for row, prompt in enumerate(index.tolist()):

@@ -1,4 +1,4 @@
-"""A policy's products in oneDNN: values and gradients are those of PyTorch's own, for both families."""
+"""A policy's products in the compiled kernels and in oneDNN: those of PyTorch, gradients too, for both families."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from causal_models import LENGTHS, make_causal, make_ending, make_prompts
 
 from esrl.algorithm import products
+from esrl.kernels import kernels, why_not
 from esrl.sampling.engine import EngineSampler, SamplingConfig
 from esrl.training.gradient import GradientConfig, StageTwo
 
@@ -17,8 +18,15 @@ def _on_any_processor(monkeypatch):
     monkeypatch.setattr(products, "faster_here", lambda: True)
 
 
+@pytest.mark.parametrize("way", ["kernels", "onednn"])
 @pytest.mark.parametrize("family", ["marian", "llama", "gemma2", "qwen2"])
-def test_stage_two_in_onednn_is_stage_two(family, tokenizer, make_policy, prompts, make_plan, gradients, monkeypatch):
+def test_stage_two_is_the_same_by_each_way(
+    family, way, tokenizer, make_policy, prompts, make_plan, gradients, monkeypatch
+):
+    if way == "onednn":
+        monkeypatch.setattr(products, "kernels", lambda: None)
+    elif kernels() is None:
+        pytest.skip(f"no compiled kernels: {why_not()}")
     if family == "marian":
         policy = make_policy(torch.float32, layers=2)
     else:
@@ -30,16 +38,17 @@ def test_stage_two_in_onednn_is_stage_two(family, tokenizer, make_policy, prompt
     shapes = set()
     plain = products._product
 
-    def counting(hidden, weight, bias):
-        shapes.add(tuple(weight.shape))
-        return plain(hidden, weight, bias)
+    def counting(hidden, weight, bias, *, transposed=False, room=None):
+        shapes.add(tuple(weight.shape)[:: -1 if transposed else 1])
+        return plain(hidden, weight, bias, transposed=transposed, room=room)
 
     monkeypatch.setattr(products, "_product", counting)
 
     def work() -> None:
         stage_two.backward(prompts, rollouts, weights, None, 0)
 
-    with torch.backends.mkldnn.flags(enabled=False):
+    with monkeypatch.context() as plainly:
+        plainly.setattr(products, "faster_here", lambda: False)
         scores = stage_two.log_probs(prompts, rollouts, None, 0)
         expected = gradients(policy.model, work)
     assert not shapes

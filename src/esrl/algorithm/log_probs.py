@@ -41,9 +41,9 @@ class Projection:
         """(N, D) -> (N, V), of a type that is float32 at least; rounded to bfloat16 where the product is (autocast)."""
         return self.with_slope(hidden)[0]
 
-    def with_slope(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The same, and (N, V) how steep the cap is there; None without a cap."""
-        logits = linear(hidden, self.weight, self.bias)
+    def with_slope(self, hidden: Tensor, room: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The same, among the numbers of ``room`` if possible, and (N, V) how steep the cap is there; None without."""
+        logits = linear(hidden, self.weight, self.bias, room)
         logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
         return (logits, None) if self.cap is None else soft_cap(logits, self.cap)
 
@@ -91,6 +91,7 @@ def weighted_log_prob_sum(  # noqa: PLR0913 - the tensors of one formula, and th
     temperature: Tensor | None = None,
     max_logits: int = MAX_LOGITS,
     accumulate: bool = False,
+    room: Tensor | None = None,
 ) -> Tensor:
     """sum_n weights_n * log p(target_n), with the gradient of the projection taken on the way forward.
 
@@ -102,6 +103,7 @@ def weighted_log_prob_sum(  # noqa: PLR0913 - the tensors of one formula, and th
         accumulate: add the gradient of the projection's weight to its ``grad`` here and now, which spares a copy of
             it: for a vocabulary of 250,000 that is more than all the rest. The result must then be differentiated as
             it is, not scaled or combined.
+        room: from ``room_for_logits``, for a function that is called again and again.
 
     Returns:
         A scalar in the dtype of ``weights``; differentiable (once) in ``hidden`` and the projection. The gradient of a
@@ -117,8 +119,20 @@ def weighted_log_prob_sum(  # noqa: PLR0913 - the tensors of one formula, and th
         projection.cap,
         max_logits,
         accumulate,
+        room,
     )
     return result
+
+
+def room_for_logits(projection: Projection, max_logits: int) -> Tensor | None:
+    """Where a chunk's logits can be put, so that what is allocated between two chunks does not take pieces of it.
+
+    None on a GPU, whose allocator sees to that.
+    """
+    weight = projection.weight
+    if weight.device.type != "cpu":
+        return None
+    return torch.empty(max(1, max_logits // weight.shape[0]) * weight.shape[0], dtype=weight.dtype)
 
 
 def exponential(values: Tensor, out: Tensor | None = None) -> Tensor:
@@ -158,6 +172,7 @@ class _WeightedLogProbSum(torch.autograd.Function):
         cap: float | None,
         max_logits: int,
         accumulate: bool,
+        room: Tensor | None,
     ) -> Tensor:
         projection = Projection(as_autocast(weight), bias, cap)
         inputs = hidden.to(projection.weight.dtype)
@@ -171,7 +186,7 @@ class _WeightedLogProbSum(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and ctx.needs_input_grad[2] else None
         total = weights.new_zeros(())
         for part in _chunks(len(targets), weight.shape[0], max_logits):
-            logits, slope = projection.with_slope(inputs[part])
+            logits, slope = projection.with_slope(inputs[part], room)
             scale = None if temperature is None else temperature[part].to(logits.dtype)
             if scale is not None:
                 logits /= scale[:, None]
@@ -211,4 +226,4 @@ class _WeightedLogProbSum(torch.autograd.Function):
             grad_weight = grad_weight.to(ctx.dtype)
         if grad_bias is not None:
             grad_bias = grad_bias.to(ctx.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, *[None] * 7

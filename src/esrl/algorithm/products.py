@@ -51,12 +51,16 @@ def faster_here() -> bool:
     return not (torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2")
 
 
-def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``functional.linear``: (..., D), (N, D), (N,) -> (..., N); differentiable once where it is not PyTorch's."""
+def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, room: Tensor | None = None) -> Tensor:
+    """``functional.linear``: (..., D), (N, D), (N,) -> (..., N); differentiable once where it is not PyTorch's.
+
+    Args:
+        room: contiguous numbers among which the result may be put, where there is no graph.
+    """
     if weight.dim() != 2 or not _fits(weight.numel(), hidden, weight, bias):
         return functional.linear(hidden, weight, bias)
     if not torch.is_grad_enabled():
-        return _product(hidden, weight, bias)
+        return _product(hidden, weight, bias, room=room)
     result: Tensor = _Linear.apply(hidden, weight, bias, _accumulating.get())
     return result
 
@@ -113,12 +117,16 @@ class _Linear(torch.autograd.Function):
         )
 
 
-def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool = False) -> Tensor:
+def _product(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool = False, room: Tensor | None = None
+) -> Tensor:
     """hidden @ weight.T + bias, or hidden @ weight if it is ``transposed``."""
     flat = hidden.reshape(-1, hidden.shape[-1])
     rows, native = len(flat), kernels()
     if native is not None:
-        product = native.product(flat, weight, bias, transposed=transposed)
+        outputs = weight.shape[1] if transposed else weight.shape[0]
+        out = None if room is None else room[: rows * outputs].view(rows, outputs)
+        product = native.product(flat, weight, bias, transposed=transposed, out=out)
     else:
         step = ROWS if rows > 64 else min(rows, 8)
         if rows % step:

@@ -126,12 +126,22 @@ class Native:
         return results
 
     def product(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        transposed: bool = False,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """hidden @ weight.T + bias, (R, D) and (N, D) -> (R, N), or hidden @ weight if it is ``transposed``."""
+        """hidden @ weight.T + bias, (R, D) and (N, D) -> (R, N), or hidden @ weight if it is ``transposed``.
+
+        Args:
+            out: contiguous; takes the result.
+        """
         rows, inputs = hidden.shape
         outputs = weight.shape[1] if transposed else weight.shape[0]
-        result = torch.empty(rows, outputs)
+        result = torch.empty(rows, outputs) if out is None else out
         hidden, weight = _rows(hidden), _rows(weight)
         bias = None if bias is None else bias.contiguous()
         self.library.esrl_product(

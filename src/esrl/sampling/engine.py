@@ -22,7 +22,7 @@ from esrl.sampling.decoding import Decoding, Output, Pace, Rows, Work
 from esrl.sampling.draw import Temperature, Truncation
 from esrl.types import Prompts, Rollouts, SamplingPlan
 
-_PLACES = 128
+_PLACES = 96
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from esrl.algorithm.log_probs import MAX_LOGITS, token_log_probs, weighted_log_prob_sum
+from esrl.algorithm.log_probs import MAX_LOGITS, room_for_logits, token_log_probs, weighted_log_prob_sum
 from esrl.algorithm.products import accumulating
 from esrl.algorithm.streams import seed_of
 from esrl.errors import OutOfMemoryError
@@ -36,7 +36,8 @@ class GradientConfig:
     """`two_stage` (paper) or `graph`: the conventional step that keeps the graph of sampling, for small models (the
     ablation without two stages)."""
     micro_batch_tokens: int | None = None
-    """Target tokens in one micro-batch, with the padding that the family computes; halved when memory runs out. Unset: 16,384 on CUDA; on CPUs
+    """Target tokens in one micro-batch, padding included where it is computed; halved when memory runs out. Unset:
+    16,384 on CUDA; on CPUs
     131,072 divided by the model's width, but 256 at least."""
     max_prompt_tokens: int | None = None
     """Source tokens, padding included, whose encoder graph is held at a time. Unset: 2,048 on CPUs, 65,536 on CUDA."""
@@ -180,6 +181,7 @@ class StageTwo:
         useful = (coefficients != 0).any(1).cpu() | bool(self.config.dropout)
         if of_values is not None:
             useful |= (of_values != 0).any(1).cpu()
+        room = room_for_logits(self.policy.projection(), self.config.max_logits)
         for part in self._parts(prompts, rollouts, useful, seed):
             cut, leaves = _cut(part.state)
             for batch in part.batches:
@@ -194,6 +196,7 @@ class StageTwo:
                         temperature=batch.per_token(temperature),
                         max_logits=self.config.max_logits,
                         accumulate=True,
+                        room=room,
                     )
                 if of_values is not None:
                     values = self._values(hidden)
@@ -226,23 +229,34 @@ class StageTwo:
     def _micro_batches(
         self, rollouts: Rollouts, rows: Tensor, members: Tensor, start_tokens: Tensor
     ) -> Iterator[_MicroBatch]:
-        """Rows sorted by length, as many as the limit takes, with their padding if it is computed; one at least."""
+        """Rows sorted by length, as many as the limit takes."""
         lengths = rollouts.lengths.cpu()[rows]
         order = torch.argsort(lengths, descending=True, stable=True)
         rows, lengths = rows[order], lengths[order]
-        before = lengths.cumsum(0) - lengths
-        start, number = 0, 0
-        while start < len(rows):
-            width = int(lengths[start])
-            if self.policy.packs:
-                end = int(torch.searchsorted(before + lengths, before[start] + self.micro_batch_tokens, right=True))
-            else:
-                end = start + self.micro_batch_tokens // max(1, width)
-            end = max(end, start + 1)
+        spans = self._spans(lengths)
+        # the largest first: what it needs is room enough for each that follows
+        spans.sort(key=lambda span: -self._size(lengths[span[0] : span[1]]))
+        for number, (start, end) in enumerate(spans):
             chosen = rows[start:end]
             owner = torch.searchsorted(members, rollouts.prompt_index[chosen])
-            yield self._micro_batch(rollouts, chosen, width, (owner, start_tokens.cpu()[owner]), number)
-            start, number = end, number + 1
+            first = start_tokens.cpu()[owner]
+            yield self._micro_batch(rollouts, chosen, int(lengths[start]), (owner, first), number)
+
+    def _spans(self, lengths: Tensor) -> list[tuple[int, int]]:
+        """Rows of descending lengths, as many as the limit takes at a time, but one at least: (first, end)."""
+        spans, start, sums = [], 0, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        while start < len(lengths):
+            if self.policy.packs:
+                end = int(torch.searchsorted(sums, sums[start] + self.micro_batch_tokens, right=True)) - 1
+            else:
+                end = start + self.micro_batch_tokens // max(1, int(lengths[start]))
+            spans.append((start, min(max(end, start + 1), len(lengths))))
+            start = spans[-1][1]
+        return spans
+
+    def _size(self, lengths: Tensor) -> int:
+        """Tokens that are computed for rows of descending lengths."""
+        return int(lengths.sum() if self.policy.packs else lengths[0] * len(lengths))
 
     def _micro_batch(
         self, rollouts: Rollouts, rows: Tensor, width: int, origin: tuple[Tensor, Tensor], number: int
@@ -277,9 +291,15 @@ class StageTwo:
 
 
 def _cut(state: PromptState) -> tuple[PromptState, tuple[Tensor, ...]]:
-    """The state without its graph, and the leaves under it, where gradients add up: in float32 at least."""
+    """The state without its graph, and the leaves under it, where gradients add up: in float32 at least.
+
+    Their gradients are there from the beginning: allocated in a micro-batch they would split memory that the next one
+    needs in one piece.
+    """
     wide = [tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in state.tensors]
     leaves = tuple(leaf.requires_grad_(tensor.requires_grad) for leaf, tensor in zip(wide, state.tensors, strict=True))
+    for leaf in leaves:
+        leaf.grad = torch.zeros_like(leaf) if leaf.requires_grad else None
     return state.with_tensors(
         tuple(leaf.to(part.dtype) for leaf, part in zip(leaves, state.tensors, strict=True))
     ), leaves
