@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from esrl.algorithm.log_probs import Projection, exponential, token_log_probs, weighted_log_prob_sum
+from esrl.algorithm import products
+from esrl.algorithm.log_probs import (
+    Projection,
+    exponential,
+    room_for_logits,
+    token_log_probs,
+    weighted_log_prob_sum,
+)
+from esrl.kernels import kernels, why_not
 
 N, D, V = 23, 5, 11
 SUPPRESSED = [0, 7]
@@ -133,6 +141,30 @@ def test_the_gradient_of_the_projection_is_added_where_it_belongs(begun: bool):
     assert fast[1].grad is before or not begun
     for twin, expected in zip(fast, slow, strict=True):
         close(twin.grad, expected.grad)
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_logits_in_a_room_that_is_used_again(monkeypatch, cap: float | None):
+    """Chunks of 7 positions in float32, one after another in the same place, against one chunk in float64."""
+    if kernels() is None:
+        pytest.skip(f"no compiled kernels: {why_not()}")
+    monkeypatch.setattr(products, "faster_here", lambda: True)
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(30, 260, generator=generator), 0.1 * torch.randn(300, 260, generator=generator)
+    targets = torch.randint(300, (30,), generator=generator)
+    weights = torch.randn(30, generator=generator, dtype=torch.float64)
+    outcomes = []
+    for dtype, max_logits in ((torch.float64, 10**6), (torch.float32, 7 * 300)):
+        parts = [part.to(dtype).requires_grad_() for part in (hidden, weight)]
+        projection = Projection(parts[1], None, cap)
+        room = room_for_logits(projection, max_logits)
+        assert (room is None) == (dtype == torch.float64)
+        total = weighted_log_prob_sum(parts[0], targets, weights, projection, max_logits=max_logits, room=room)
+        total.backward()
+        outcomes.append([total.detach(), *(part.grad for part in parts)])
+    assert room is not None and len(room) == 7 * 300
+    for found, expected in zip(*reversed(outcomes), strict=True):
+        torch.testing.assert_close(found.double(), expected.double(), rtol=1e-4, atol=1e-4)
 
 
 def test_a_suppressed_token_has_no_probability():

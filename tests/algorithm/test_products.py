@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from esrl.algorithm import products
-from esrl.algorithm.products import FastLinear, accumulating, input_gradient, linear, weight_gradient
+from esrl.algorithm.products import FastLinear, accumulating, input_gradient, linear, takes_room, weight_gradient
 from esrl.kernels import kernels, why_not
 
 WIDTH, OUTPUTS = 300, 260
@@ -203,5 +203,7 @@ def test_a_result_lies_in_the_room_that_is_given(calls):
     with torch.no_grad():
         found = linear(hidden, weight, bias, room)
     torch.testing.assert_close(found, functional.linear(hidden, weight, bias), rtol=1e-5, atol=1e-4)
-    if products.kernels() is not None:
+    assert takes_room(weight) == (products.kernels() is not None)
+    assert not takes_room(weight.double())
+    if takes_room(weight):
         assert found.data_ptr() == room.data_ptr() and bool(room[5 * OUTPUTS :].isnan().all())

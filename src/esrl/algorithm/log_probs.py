@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from esrl.algorithm.products import input_gradient, linear, weight_gradient
+from esrl.algorithm.products import input_gradient, linear, takes_room, weight_gradient
 
 _LOG2_E = math.log2(math.e)
 
@@ -127,10 +127,10 @@ def weighted_log_prob_sum(  # noqa: PLR0913 - the tensors of one formula, and th
 def room_for_logits(projection: Projection, max_logits: int) -> Tensor | None:
     """Where a chunk's logits can be put, so that what is allocated between two chunks does not take pieces of it.
 
-    None on a GPU, whose allocator sees to that.
+    None where it would not be used.
     """
-    weight = projection.weight
-    if weight.device.type != "cpu":
+    weight = projection.weight.detach()
+    if not takes_room(weight):
         return None
     return torch.empty(max(1, max_logits // weight.shape[0]) * weight.shape[0], dtype=weight.dtype)
 

@@ -65,6 +65,11 @@ def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, room: Ten
     return result
 
 
+def takes_room(weight: Tensor) -> bool:
+    """Whether ``linear`` without a graph puts its result where it is told to."""
+    return kernels() is not None and _fits(weight.numel(), weight)
+
+
 def input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
     """gradient @ weight: (..., N), (N, D) -> (..., D), without a graph."""
     if not _fits(weight.numel(), gradient, weight):

@@ -1,4 +1,4 @@
-"""Compiled kernels of stage one for CPUs: products with few rows, a whole decoder step, the draw.
+"""Compiled kernels for CPUs: products, a whole decoder step and the draw of stage one; what stage two learns with.
 
 They are optional. ``kernels()`` is None where they cannot be built (``why_not`` says why), and everything runs on
 PyTorch's own operations, which are the slow twin in the tests.
