@@ -54,6 +54,16 @@ def test_a_claim_that_ends_without_a_run_frees_the_folder(tmp_path):
         pass
 
 
+def test_a_run_killed_before_it_signed_its_lock_can_be_begun_again(tmp_path):
+    (tmp_path / ".lock").touch()
+    with RunFolder(tmp_path, resume=True).claim():
+        pass
+    (tmp_path / ".lock").write_text("")
+    (tmp_path / "thesis.txt").touch()
+    with pytest.raises(ValueError, match="no run of ours"), RunFolder(tmp_path, resume=True).claim():
+        pytest.fail("somebody else's")
+
+
 def test_what_appeared_since_the_claim_is_not_written_into(tmp_path):
     folder = tmp_path / "run"
     run = RunFolder(folder)

@@ -85,8 +85,9 @@ def _write_holder(fd: int, path: Path) -> None:
     started = datetime.now(UTC).isoformat(timespec="seconds")
     data = (json.dumps({"pid": os.getpid(), "host": os.uname().nodename, "started": started}) + "\n").encode()
     with storage_errors(path, len(data)):
-        os.ftruncate(fd, 0)
+        # in this order a kill never leaves it empty once it has been signed
         os.pwrite(fd, data, 0)
+        os.ftruncate(fd, len(data))
 
 
 def _read_holder(fd: int) -> dict[str, object]:

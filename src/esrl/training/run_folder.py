@@ -179,10 +179,13 @@ class RunFolder:
 
 
 def _is_run(path: Path) -> bool:
-    """Whether a run of ours was begun in this folder: it signed the lock (a kill may have come between), or has left
-    its checkpoints and log there."""
+    """Whether a run of ours was begun in this folder: it signed the lock, or was killed before it could and left it
+    empty, with nothing beside it; or has left its checkpoints and log there."""
     try:
-        holder = json.loads((path / LOCK_NAME).read_bytes())
+        content = (path / LOCK_NAME).read_bytes()
+        if not content and os.listdir(path) == [LOCK_NAME]:
+            return True
+        holder = json.loads(content)
     except (OSError, ValueError):
         holder = None
     signed = isinstance(holder, dict) and {"pid", "host", "started"} <= holder.keys()
