@@ -12,7 +12,7 @@ from torch import nn
 
 from esrl.errors import NumericsError
 from esrl.kernels import kernels, operations, why_not
-from esrl.models import compiled, seq2seq
+from esrl.models import attention, seq2seq
 from esrl.models.cached_decoder import FrozenMarianDecoder
 from esrl.models.compiled import fitting_kernels
 from esrl.models.compiled_decoder import CompiledMarianDecoder
@@ -182,7 +182,7 @@ def test_others_take_pytorchs_operations(tokenizer, change, monkeypatch):
         for layer in decoder.layers:
             layer.activation_fn = nn.GELU()
     if change == "off":
-        monkeypatch.setattr(compiled, "kernels", lambda: None)
+        monkeypatch.setattr(attention, "kernels", lambda: None)
     with torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
         assert fitting_kernels(decoder) is None
         assert isinstance(policy.frozen_decoder(), FrozenMarianDecoder)

@@ -11,7 +11,7 @@ from torch import nn
 
 from esrl.errors import NumericsError
 from esrl.kernels import kernels, operations, why_not
-from esrl.models import compiled, seq2seq
+from esrl.models import attention, seq2seq
 from esrl.models.compiled_encoder import CompiledMarianEncoder
 from esrl.models.policy import PromptState
 from esrl.models.seq2seq import MarianPolicy
@@ -140,7 +140,7 @@ def test_others_take_hugging_faces(tokenizer, prompts, change, calls, monkeypatc
     if change == "bfloat16":
         policy.precision = "bfloat16"
     if change == "off":
-        monkeypatch.setattr(compiled, "kernels", lambda: None)
+        monkeypatch.setattr(attention, "kernels", lambda: None)
     if change == "short":
         monkeypatch.setattr(seq2seq, "_COMPILED_TOKENS", int(prompts.mask.sum()) + 1)
     with torch.set_grad_enabled(change == "gradient"):

@@ -58,8 +58,13 @@ def test_a_run_killed_before_it_signed_its_lock_can_be_begun_again(tmp_path):
     (tmp_path / ".lock").touch()
     with RunFolder(tmp_path, resume=True).claim():
         pass
-    (tmp_path / ".lock").write_text("")
+    with RunLock(tmp_path):
+        signed = (tmp_path / ".lock").read_text()
     (tmp_path / "thesis.txt").touch()
+    (tmp_path / ".lock").write_text(signed + "of a longer one\n")  # killed before it cut that off
+    with RunFolder(tmp_path, resume=True).claim():
+        pass
+    (tmp_path / ".lock").write_text("")
     with pytest.raises(ValueError, match="no run of ours"), RunFolder(tmp_path, resume=True).claim():
         pytest.fail("somebody else's")
 

@@ -18,7 +18,7 @@ from esrl.kernels import Native, kernels
 from esrl.models.groups import PromptGroups
 from esrl.models.policy import PromptState
 
-HEAD_VECTORS = (1, 2, 4, 8, 16)
+_HEAD_VECTORS = (1, 2, 4, 8, 16)
 """Widths of a head, in vectors, that the kernels are compiled for."""
 
 
@@ -110,13 +110,13 @@ class PackedAttention:
             raise MemoryError(f"there is no memory for attention to {struct.keys} positions.")
 
 
-def packing_kernels(decoder: Any) -> Native | None:
-    """The kernels, where they can take a decoder's attention: float32 on the CPU, whole vectors."""
-    weight = decoder.embed_tokens.weight
+def packing_kernels(part: Any) -> Native | None:
+    """The kernels, where they can take the attention of an encoder or decoder: float32 on the CPU, whole vectors."""
+    weight = part.embed_tokens.weight
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return None
-    native, width = kernels(), weight.shape[1] // decoder.layers[0].self_attn.num_heads
-    return native if native is not None and width in [native.vector * count for count in HEAD_VECTORS] else None
+    native, width = kernels(), weight.shape[1] // part.layers[0].self_attn.num_heads
+    return native if native is not None and width in [native.vector * count for count in _HEAD_VECTORS] else None
 
 
 class _Heads(Structure):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from esrl.kernels import LaidOut, Native, kernels
+from esrl.kernels import LaidOut, Native
 from esrl.kernels.native import LinearStruct
-from esrl.models.attention import HEAD_VECTORS
+from esrl.models.attention import packing_kernels
 
 
 class NormStruct(Structure):
@@ -49,14 +49,9 @@ def fitting_kernels(part: Any) -> Native | None:
     parameters = list(part.parameters())
     if any(weight.device.type != "cpu" or weight.dtype != torch.float32 for weight in parameters):
         return None
-    layer, width = part.layers[0], part.embed_tokens.weight.shape[1]
-    if activation(layer) is None or torch.is_autocast_enabled("cpu"):
+    if activation(part.layers[0]) is None or torch.is_autocast_enabled("cpu"):
         return None
-    native = kernels()
-    head_width = width // layer.self_attn.num_heads
-    if native is None or head_width not in [native.vector * count for count in HEAD_VECTORS]:
-        return None
-    return native
+    return packing_kernels(part)
 
 
 def activation(layer: Any) -> str | None:

@@ -16,6 +16,7 @@ from torch.nn import functional
 from transformers import MarianConfig, MarianMTModel
 
 from esrl.algorithm.log_probs import Projection
+from esrl.kernels import Native
 from esrl.models.attention import Attention, PackedAttention, PaddedAttention, packing_kernels, split_heads
 from esrl.models.cached_decoder import FrozenMarianDecoder
 from esrl.models.compiled import fitting_kernels
@@ -131,12 +132,15 @@ class MarianPolicy:
 
     @property
     def packs(self) -> bool:
-        return self.precision == "float32" and packing_kernels(self.plain.model.decoder) is not None
+        return self._packing_kernels() is not None
+
+    def _packing_kernels(self) -> Native | None:
+        return packing_kernels(self.plain.model.decoder) if self.precision == "float32" else None
 
     @in_precision
     def token_states(self, state: PromptState, prompt_index: Tensor, inputs: Tensor, mask: Tensor) -> Tensor:
-        native = packing_kernels(self.plain.model.decoder)
-        if native is None or not self.packs:
+        native = self._packing_kernels()
+        if native is None:
             return self.hidden_states(state, prompt_index, inputs)[mask]
         attention = PackedAttention(native, state, prompt_index, mask.sum(1))
         return self._decode(inputs[mask], mask.nonzero()[:, 1], attention)

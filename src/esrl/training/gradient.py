@@ -37,8 +37,7 @@ class GradientConfig:
     ablation without two stages)."""
     micro_batch_tokens: int | None = None
     """Target tokens in one micro-batch, padding included where it is computed; halved when memory runs out. Unset:
-    16,384 on CUDA; on CPUs
-    131,072 divided by the model's width, but 256 at least."""
+    16,384 on CUDA; on CPUs 131,072 divided by the model's width, but 256 at least."""
     max_prompt_tokens: int | None = None
     """Source tokens, padding included, whose encoder graph is held at a time. Unset: 2,048 on CPUs, 65,536 on CUDA."""
     max_logits: int = MAX_LOGITS

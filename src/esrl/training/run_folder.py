@@ -185,7 +185,8 @@ def _is_run(path: Path) -> bool:
         content = (path / LOCK_NAME).read_bytes()
         if not content and os.listdir(path) == [LOCK_NAME]:
             return True
-        holder = json.loads(content)
+        # behind the newest signature may be the end of a longer one, which a kill has left there
+        holder = json.loads(content.partition(b"\n")[0])
     except (OSError, ValueError):
         holder = None
     signed = isinstance(holder, dict) and {"pid", "host", "started"} <= holder.keys()
