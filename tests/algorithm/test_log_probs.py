@@ -157,7 +157,7 @@ def test_logits_in_a_room_that_is_used_again(monkeypatch, cap: float | None):
     for dtype, max_logits in ((torch.float64, 10**6), (torch.float32, 7 * 300)):
         parts = [part.to(dtype).requires_grad_() for part in (hidden, weight)]
         projection = Projection(parts[1], None, cap)
-        room = room_for_logits(projection, max_logits)
+        room = room_for_logits(projection, 25, max_logits)
         assert (room is None) == (dtype == torch.float64)
         total = weighted_log_prob_sum(parts[0], targets, weights, projection, max_logits=max_logits, room=room)
         total.backward()

@@ -1,4 +1,4 @@
-"""Linear layers in the compiled kernels and in oneDNN against PyTorch's own (the slow twin), gradients included."""
+"""Linear layers in the compiled kernels, in oneDNN and in MKL with our gradient against PyTorch's own (the slow twin)."""
 
 from __future__ import annotations
 
@@ -22,13 +22,26 @@ def _on_any_processor(monkeypatch):
     monkeypatch.setattr(products, "faster_here", lambda: True)
 
 
-@pytest.fixture(params=["kernels", "onednn"])
-def calls(request, monkeypatch):
-    """Counts the products of each way, so that a test cannot pass by falling back."""
-    if request.param == "onednn":
+def choose(way, monkeypatch):
+    """Where products are computed from now on."""
+    if way == "mkl":
+        monkeypatch.setattr(products, "faster_here", lambda: False)
+    elif way == "onednn":
         monkeypatch.setattr(products, "kernels", lambda: None)
     elif kernels() is None:
         pytest.skip(f"no compiled kernels: {why_not()}")
+
+
+@pytest.fixture(params=["kernels", "onednn", "mkl"])
+def way(request, monkeypatch):
+    choose(request.param, monkeypatch)
+    return request.param
+
+
+@pytest.fixture(params=["kernels", "onednn"])
+def calls(request, monkeypatch):
+    """Counts the products of each way, so that a test cannot pass by falling back."""
+    choose(request.param, monkeypatch)
     counted: list[tuple[int, ...]] = []
     plain = products._product
 
@@ -161,7 +174,7 @@ def test_kernels_of_onednn_are_made_for_few_numbers_of_rows(monkeypatch):
     assert rows == {*range(1, 8), *range(8, 65, 8), 96, 128}
 
 
-def test_gradients_by_themselves(calls):
+def test_gradients_by_themselves(way):
     hidden, weight, _ = (part.detach() for part in tensors((50,)))
     gradient = torch.randn(50, OUTPUTS, generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(input_gradient(gradient, weight), gradient @ weight, rtol=1e-5, atol=1e-4)
@@ -174,7 +187,7 @@ def test_gradients_by_themselves(calls):
     torch.testing.assert_close(weight_gradient(gradient, hidden, apart), expected, rtol=1e-5, atol=1e-4)
 
 
-def test_layers_add_to_the_gradient_that_is_there(calls):
+def test_layers_add_to_the_gradient_that_is_there(way):
     """Called twice, with what was there before; a layer without a gradient gets one, and autograd's own way is left."""
     (hidden, weight, bias), slow = tensors((40,)), tensors((40,))
     before = torch.randn(weight.shape, generator=torch.Generator().manual_seed(3))
@@ -197,13 +210,27 @@ def test_layers_add_to_the_gradient_that_is_there(calls):
     torch.testing.assert_close(asked, weight.grad, rtol=1e-5, atol=1e-2)
 
 
-def test_a_result_lies_in_the_room_that_is_given(calls):
+@pytest.mark.parametrize("given", [slice(3), slice(2)], ids=["bias", "no bias"])
+def test_a_result_lies_in_the_room_that_is_given(way, given):
     hidden, weight, bias = (part.detach() for part in tensors((5,)))
     room = torch.full((6 * OUTPUTS,), torch.nan)
     with torch.no_grad():
-        found = linear(hidden, weight, bias, room)
-    torch.testing.assert_close(found, functional.linear(hidden, weight, bias), rtol=1e-5, atol=1e-4)
-    assert takes_room(weight) == (products.kernels() is not None)
+        found = linear(hidden, weight, bias if given.stop == 3 else None, room)
+    torch.testing.assert_close(found, functional.linear(*(hidden, weight, bias)[given]), rtol=1e-5, atol=1e-4)
+    assert takes_room(weight) == (way != "onednn")
     assert not takes_room(weight.double())
     if takes_room(weight):
         assert found.data_ptr() == room.data_ptr() and bool(room[5 * OUTPUTS :].isnan().all())
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 3)])
+def test_a_result_may_be_changed_in_place(way, shape):
+    """As an activation does, or the addition of a residual."""
+    fast, slow = tensors(shape), tensors(shape)
+    with accumulating():
+        found = torch.relu_(linear(*fast)) + linear(*fast).add_(1)
+    found.pow(2).sum().backward()
+    plain = functional.linear(*slow)
+    (torch.relu(plain) + plain + 1).pow(2).sum().backward()
+    for ours, plain in zip(fast, slow, strict=True):
+        torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-4, atol=1e-2)

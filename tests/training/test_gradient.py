@@ -364,6 +364,32 @@ def test_micro_batches_are_packed_by_length(step):
     assert all(rows == max(1, 60 // width) for rows, width in watched.batches if width > shortest)
 
 
+@pytest.mark.parametrize("limit", [8, 40])
+def test_where_only_real_tokens_are_computed_micro_batches_are_full(step, whole_graph, gradients, limit, monkeypatch):
+    """Nearly all as large as the limit; the largest first, rows that are longer than it alone; the same gradient."""
+    config, sizes = OBJECTIVES["reinforce"], []
+    expected = gradients(step.policy.model, lambda: whole_graph(step, config))
+    token_states = step.policy.token_states
+
+    def watched(state: Any, index: Tensor, inputs: Tensor, mask: Tensor) -> Tensor:
+        sizes.append((int(mask.sum()), len(inputs)))
+        return token_states(state, index, inputs, mask)
+
+    monkeypatch.setattr(MarianPolicy, "packs", True)
+    monkeypatch.setattr(step.policy, "token_states", watched)
+    assert_equal(gradients(step.policy.model, lambda: step.backward(config, micro_batch_tokens=limit)), expected)
+    useful = (step.coefficients(config) != 0).any(1)
+    assert sizes == sorted(sizes, key=lambda size: -size[0])
+    assert all(tokens <= limit or rows == 1 for tokens, rows in sizes)
+    assert sum(rows for _, rows in sizes) == int(useful.sum())
+    total = int(step.rollouts.lengths[useful].sum())
+    assert sum(tokens for tokens, _ in sizes) == total
+    if limit == 40:
+        assert sum(tokens == limit for tokens, _ in sizes) >= 0.6 * total / limit
+    else:
+        assert sizes[0][0] > limit
+
+
 def failing(policy: MarianPolicy, limit: int, error: Exception) -> Iterator[list[int]]:
     """``hidden_states`` refuses micro-batches of more than ``limit`` rows; yields the sizes it saw."""
     hidden_states, seen = policy.hidden_states, []

@@ -124,15 +124,15 @@ def weighted_log_prob_sum(  # noqa: PLR0913 - the tensors of one formula, and th
     return result
 
 
-def room_for_logits(projection: Projection, max_logits: int) -> Tensor | None:
-    """Where a chunk's logits can be put, so that what is allocated between two chunks does not take pieces of it.
+def room_for_logits(projection: Projection, count: int, max_logits: int = MAX_LOGITS) -> Tensor | None:
+    """Where the logits of ``count`` positions can be put, chunk by chunk; more positions take more chunks.
 
-    None where it would not be used.
+    What is allocated between two chunks cannot take pieces of it. None where it would not be used.
     """
     weight = projection.weight.detach()
     if not takes_room(weight):
         return None
-    return torch.empty(max(1, max_logits // weight.shape[0]) * weight.shape[0], dtype=weight.dtype)
+    return torch.empty(_chunk_size(count, weight.shape[0], max_logits) * weight.shape[0], dtype=weight.dtype)
 
 
 def exponential(values: Tensor, out: Tensor | None = None) -> Tensor:
@@ -149,8 +149,14 @@ def as_autocast(weight: Tensor) -> Tensor:
 
 
 def _chunks(count: int, vocabulary: int, max_logits: int) -> Iterator[slice]:
-    size = max(1, max_logits // vocabulary)
+    size = _chunk_size(count, vocabulary, max_logits)
     return (slice(start, start + size) for start in range(0, count, size))
+
+
+def _chunk_size(count: int, vocabulary: int, max_logits: int) -> int:
+    """Positions in each of the fewest chunks, which are as good as equal."""
+    fewest = math.ceil(count / max(1, max_logits // vocabulary))
+    return max(1, math.ceil(count / max(1, fewest)))
 
 
 def _log_probs(logits: Tensor, targets: Tensor, temperature: Tensor | None) -> Tensor:
@@ -185,7 +191,8 @@ class _WeightedLogProbSum(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] and not direct else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and ctx.needs_input_grad[2] else None
         total = weights.new_zeros(())
-        for part in _chunks(len(targets), weight.shape[0], max_logits):
+        most = max_logits if room is None else min(max_logits, room.numel())
+        for part in _chunks(len(targets), weight.shape[0], most):
             logits, slope = projection.with_slope(inputs[part], room)
             scale = None if temperature is None else temperature[part].to(logits.dtype)
             if scale is not None:

@@ -2,7 +2,7 @@
 
 On CPUs PyTorch sends products in float32 to MKL. On processors with AVX-512 the compiled kernels are up to twice as
 fast at the sizes of both stages, for the result and for both gradients, on weights as they are. Where there are none,
-oneDNN is so for the result and the input's gradient. With AVX2 alone MKL is the fastest (docs/performance.md).
+oneDNN is so for the result and the input's gradient. With AVX2 alone MKL is as fast (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -51,35 +51,44 @@ def faster_here() -> bool:
     return not (torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2")
 
 
+def other_layers() -> bool:
+    """Whether ``linear`` is at present more than ``functional.linear``."""
+    return faster_here() or _accumulating.get()
+
+
 def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, room: Tensor | None = None) -> Tensor:
     """``functional.linear``: (..., D), (N, D), (N,) -> (..., N); differentiable once where it is not PyTorch's.
 
     Args:
         room: contiguous numbers among which the result may be put, where there is no graph.
     """
-    if weight.dim() != 2 or not _fits(weight.numel(), hidden, weight, bias):
-        return functional.linear(hidden, weight, bias)
-    if not torch.is_grad_enabled():
+    plain = weight.dim() == 2 and _plain(hidden, weight, bias)
+    elsewhere, accumulate = plain and _elsewhere(weight.numel()), _accumulating.get()
+    if torch.is_grad_enabled():
+        if elsewhere or (plain and accumulate):
+            result: Tensor = _Linear.apply(hidden, weight, bias, accumulate)
+            return result
+    elif elsewhere or (plain and room is not None):
         return _product(hidden, weight, bias, room=room)
-    result: Tensor = _Linear.apply(hidden, weight, bias, _accumulating.get())
-    return result
+    return functional.linear(hidden, weight, bias)
 
 
 def takes_room(weight: Tensor) -> bool:
     """Whether ``linear`` without a graph puts its result where it is told to."""
-    return kernels() is not None and _fits(weight.numel(), weight)
+    return _plain(weight) and (kernels() is not None or not _elsewhere(weight.numel()))
 
 
 def input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
     """gradient @ weight: (..., N), (N, D) -> (..., D), without a graph."""
-    if not _fits(weight.numel(), gradient, weight):
+    if not (_plain(gradient, weight) and _elsewhere(weight.numel())):
         return gradient @ weight
     return _product(gradient, weight, None, transposed=True)
 
 
 def weight_gradient(gradient: Tensor, hidden: Tensor, out: Tensor | None = None) -> Tensor:
     """gradient.T @ hidden: (n, N), (n, D) -> (N, D), without a graph; added to ``out``, in place, if there is one."""
-    native = kernels() if _fits(gradient.shape[1] * hidden.shape[1], gradient, hidden, out) else None
+    elsewhere = _plain(gradient, hidden, out) and _elsewhere(gradient.shape[1] * hidden.shape[1])
+    native = kernels() if elsewhere else None
     if native is not None and (out is None or out.is_contiguous()):
         return native.weight_gradient(gradient, hidden, out)
     if out is None:
@@ -127,10 +136,13 @@ def _product(
 ) -> Tensor:
     """hidden @ weight.T + bias, or hidden @ weight if it is ``transposed``."""
     flat = hidden.reshape(-1, hidden.shape[-1])
-    rows, native = len(flat), kernels()
-    if native is not None:
-        outputs = weight.shape[1] if transposed else weight.shape[0]
-        out = None if room is None else room[: rows * outputs].view(rows, outputs)
+    rows, outputs = len(flat), weight.shape[1] if transposed else weight.shape[0]
+    out = None if room is None else room[: rows * outputs].view(rows, outputs)
+    native = kernels()
+    if not _elsewhere(weight.numel()):
+        across = weight if transposed else weight.t()
+        product = torch.mm(flat, across, out=out) if bias is None else torch.addmm(bias, flat, across, out=out)
+    elif native is not None:
         product = native.product(flat, weight, bias, transposed=transposed, out=out)
     else:
         step = ROWS if rows > 64 else min(rows, 8)
@@ -138,23 +150,25 @@ def _product(
             flat = functional.pad(flat, (0, 0, 0, -rows % step))
         across = weight.t() if transposed else weight
         product = torch.ops.mkldnn._linear_pointwise.default(flat, across, bias, "none", [], "")
-    return product[:rows].view(*hidden.shape[:-1], -1)
+    # in autograd's eyes no view: what a function gives may be changed in place unless it is one
+    return torch.ops.aten._unsafe_view(product[:rows], [*hidden.shape[:-1], outputs])
 
 
-def _fits(weights: int, *given: Tensor | None) -> bool:
+def _elsewhere(weights: int) -> bool:
     """Whether the product of so many weights is faster elsewhere than in PyTorch, and can be computed there."""
-    return (
-        faster_here()
-        and weights >= MIN_WEIGHTS
-        and all(part is None or _plain(part) for part in given)
-        and not torch.is_autocast_enabled("cpu")
-        and (kernels() is not None or _has_onednn())
+    return faster_here() and weights >= MIN_WEIGHTS and (kernels() is not None or _has_onednn())
+
+
+def _plain(*given: Tensor | None) -> bool:
+    """Whether all are ordinary tensors in float32 on the CPU, some numbers in each; a distributed one has its ways."""
+    return not torch.is_autocast_enabled("cpu") and all(
+        part.device.type == "cpu"
+        and part.dtype == torch.float32
+        and part.numel() > 0
+        and type(part) in (Tensor, nn.Parameter)
+        for part in given
+        if part is not None
     )
-
-
-def _plain(part: Tensor) -> bool:
-    cpu = part.device.type == "cpu" and part.dtype == torch.float32 and part.numel() > 0
-    return cpu and type(part) in (Tensor, nn.Parameter)  # a distributed tensor has ways of its own
 
 
 def _has_onednn() -> bool:

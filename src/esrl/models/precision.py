@@ -43,7 +43,7 @@ def in_precision(
 
     @functools.wraps(function)
     def wrapped(policy: Owner, *args: Arguments.args, **options: Arguments.kwargs) -> Result:
-        fast = policy.device.type == "cpu" and products.faster_here()  # a mode costs time at every operation
+        fast = policy.device.type == "cpu" and products.other_layers()  # a mode costs time at every operation
         with autocast(policy.device, policy.precision), products.FastLinear() if fast else nullcontext():
             return function(policy, *args, **options)
 

@@ -58,6 +58,9 @@ class MarianPolicy:
         for side in (plain.get_encoder(), plain.model.decoder):
             # fixed sinusoids, though Hugging Face makes them parameters
             side.embed_positions.weight.requires_grad_(False)
+            for layer in side.layers:
+                if isinstance(layer.activation_fn, nn.ReLU):
+                    layer.activation_fn.inplace = True
             # Where the projection is tied to it, an embedding's gradient comes as the rows of its tokens and is added
             # to the projection's: a matrix of its own, (V, D), would be made for each micro-batch.
             side.embed_tokens.sparse = side.embed_tokens.weight is plain.lm_head.weight
@@ -188,7 +191,8 @@ class MarianPolicy:
         return functional.dropout(hidden, rate) if self.model.training and rate else hidden
 
     def _add(self, layer: Any, residual: Tensor, update: Tensor, norm: nn.Module) -> Tensor:
-        result: Tensor = norm(residual + self._drop(update, layer.dropout))
+        # in place, as is the activation: what a linear layer gave is needed for no gradient
+        result: Tensor = norm(self._drop(update, layer.dropout).add_(residual))
         return result
 
 

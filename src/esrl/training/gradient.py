@@ -23,6 +23,7 @@ from esrl.errors import OutOfMemoryError
 from esrl.models.policy import Policy, PromptState
 from esrl.models.precision import autocast
 from esrl.training.oom import free_cached_memory, is_out_of_memory
+from esrl.training.packing import pack
 from esrl.types import Prompts, Rollouts
 
 Result = TypeVar("Result")
@@ -180,7 +181,7 @@ class StageTwo:
         useful = (coefficients != 0).any(1).cpu() | bool(self.config.dropout)
         if of_values is not None:
             useful |= (of_values != 0).any(1).cpu()
-        room = room_for_logits(self.policy.projection(), self.config.max_logits)
+        room = room_for_logits(self.policy.projection(), self.micro_batch_tokens, self.config.max_logits)
         for part in self._parts(prompts, rollouts, useful, seed):
             cut, leaves = _cut(part.state)
             for batch in part.batches:
@@ -228,34 +229,30 @@ class StageTwo:
     def _micro_batches(
         self, rollouts: Rollouts, rows: Tensor, members: Tensor, start_tokens: Tensor
     ) -> Iterator[_MicroBatch]:
-        """Rows sorted by length, as many as the limit takes."""
+        """As many rows as the limit takes, the longest first."""
         lengths = rollouts.lengths.cpu()[rows]
-        order = torch.argsort(lengths, descending=True, stable=True)
-        rows, lengths = rows[order], lengths[order]
-        spans = self._spans(lengths)
-        # the largest first: what it needs is room enough for each that follows
-        spans.sort(key=lambda span: -self._size(lengths[span[0] : span[1]]))
-        for number, (start, end) in enumerate(spans):
-            chosen = rows[start:end]
-            owner = torch.searchsorted(members, rollouts.prompt_index[chosen])
+        for number, chosen in enumerate(self._groups(lengths)):
+            owner = torch.searchsorted(members, rollouts.prompt_index[rows[chosen]])
             first = start_tokens.cpu()[owner]
-            yield self._micro_batch(rollouts, chosen, int(lengths[start]), (owner, first), number)
+            yield self._micro_batch(rollouts, rows[chosen], int(lengths[chosen].max()), (owner, first), number)
 
-    def _spans(self, lengths: Tensor) -> list[tuple[int, int]]:
-        """Rows of descending lengths, as many as the limit takes at a time, but one at least: (first, end)."""
-        spans, start, sums = [], 0, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        while start < len(lengths):
-            if self.policy.packs:
-                end = int(torch.searchsorted(sums, sums[start] + self.micro_batch_tokens, right=True)) - 1
-            else:
-                end = start + self.micro_batch_tokens // max(1, int(lengths[start]))
-            spans.append((start, min(max(end, start + 1), len(lengths))))
-            start = spans[-1][1]
-        return spans
+    def _groups(self, lengths: Tensor) -> list[Tensor]:
+        """Indices of rows by micro-batch, the largest one first: what it needs is room enough for each that follows.
 
-    def _size(self, lengths: Tensor) -> int:
-        """Tokens that are computed for rows of descending lengths."""
-        return int(lengths.sum() if self.policy.packs else lengths[0] * len(lengths))
+        Where only real tokens are computed, nearly all micro-batches have as many of them as the limit allows. Then
+        they need memory in pieces of the same sizes, and those that one gives back serve the next.
+        """
+        limit, order = self.micro_batch_tokens, torch.argsort(lengths, descending=True, stable=True)
+        if not self.policy.packs:
+            groups, start = [], 0
+            while start < len(order):
+                groups.append(order[start : start + max(1, limit // max(1, int(lengths[order[start]])))])
+                start += len(groups[-1])
+            return sorted(groups, key=lambda group: -int(lengths[group[0]]) * len(group))
+        alone = int((lengths >= limit).sum())
+        rest = order[alone:]
+        packed = [rest[members] for members in pack(lengths[rest].tolist(), limit)]
+        return [*order[:alone, None], *sorted(packed, key=lambda group: -int(lengths[group].sum()))]
 
     def _micro_batch(
         self, rollouts: Rollouts, rows: Tensor, width: int, origin: tuple[Tensor, Tensor], number: int
