@@ -1,4 +1,4 @@
-"""Linear layers in the compiled kernels, in oneDNN and in MKL with our gradient against PyTorch's own (the slow twin)."""
+"""Linear layers in our kernels, in oneDNN and in MKL against PyTorch's own (the slow twin), gradients included."""
 
 from __future__ import annotations
 

@@ -42,8 +42,8 @@ class SamplingConfig:
     """If set, from those at least this times as probable as the most probable one."""
     max_cache_tokens: int | None = None
     """Rows decoded at a time, times max_new_tokens: bounds the key/value cache whatever k_x is, up to a factor for rows
-    that have ended and room to grow. Unset: 524,288 on CUDA; 20,480 on CPUs, but not more than 96 rows, or 80 of a model as
-    wide as 512, where compiled kernels make few of them nearly as fast as many."""
+    that have ended and room to grow. Unset: 524,288 on CUDA; 20,480 on CPUs, but not more than 96 rows (80 of a
+    model as wide as 512) where compiled kernels make few of them nearly as fast as many."""
     max_prompt_tokens: int = 16384
     """Source tokens encoded at a time, padding included."""
     compaction_share: float | None = None
