@@ -270,3 +270,11 @@ def test_every_number_of_rows_in_a_chunk(native):
     for rows, chunk in itertools.product((1, 7, 30), (150, 450, 150 * 31)):
         found, expected = both(hidden[:rows], projection, torch.ones(rows), uniforms[:rows], (), chunk)
         assert_same(found, expected)
+
+
+def test_draws_use_the_same_memory_each_time(native):
+    """More rows than before take more; fewer lie in what is there."""
+    linear = LaidOut(native, random(40, 30), None)
+    first = linear.room(4)
+    assert linear.room(2) is first and linear.room(4) is first
+    assert len(linear.room(7)) > len(first) and linear.room(4) is linear.room(7)

@@ -109,7 +109,7 @@ class Native:
         rows = hidden.shape[0]
         results = {"tokens": torch.empty(rows, dtype=torch.int64)}
         results |= {name: torch.empty(rows) for name in ("log_probs", "sampling_log_probs", *records)}
-        place = torch.empty(min(together, rows) * self.library.esrl_room(projection.outputs))
+        place = projection.room(min(together, rows))
         hidden, tau, uniforms = _rows(hidden), tau.contiguous(), uniforms.contiguous()
         self.library.esrl_draw(
             projection.struct,
@@ -197,6 +197,7 @@ class LaidOut:
         blocks = -(-self.outputs // native.block)
         self._weight = torch.empty(blocks * native.block * self.inputs)
         self._bias = torch.zeros(blocks * native.block)
+        self._room: Tensor | None = None
         if bias is not None:
             self._bias[: self.outputs] = bias
         weight = weight.contiguous()
@@ -206,6 +207,17 @@ class LaidOut:
         self.struct = LinearStruct(
             self._weight.data_ptr(), self._bias.data_ptr(), self.inputs, self.outputs, ACTIVATIONS[activation]
         )
+
+    def room(self, rows: int) -> Tensor:
+        """For the results of so many rows, of which nothing stays: the same memory each time.
+
+        Allocated anew for each step, between small results that stay, it would take other memory each time: what glibc
+        has freed does not serve an aligned request of the same size (docs/performance.md).
+        """
+        size = rows * self.native.library.esrl_room(self.outputs)
+        if self._room is None or len(self._room) < size:
+            self._room = torch.empty(size)
+        return self._room
 
     def __call__(self, hidden: Tensor, residual: Tensor | None = None) -> Tensor:
         """(..., D) -> (..., N); ``residual`` is added to the result, after the activation."""
