@@ -274,7 +274,14 @@ def test_every_number_of_rows_in_a_chunk(native):
 
 def test_draws_use_the_same_memory_each_time(native):
     """More rows than before take more; fewer lie in what is there."""
-    linear = LaidOut(native, random(40, 30), None)
-    first = linear.room(4)
-    assert linear.room(2) is first and linear.room(4) is first
-    assert len(linear.room(7)) > len(first) and linear.room(4) is linear.room(7)
+    linear, hidden = LaidOut(native, random(40, 30), None), random(7, 30)
+
+    def place(rows: int) -> torch.Tensor | None:
+        native.draw(linear, hidden[:rows], torch.ones(rows), torch.full((rows,), 0.5, dtype=torch.float64), (), rows)
+        return linear._room
+
+    first = place(4)
+    assert first is not None
+    assert place(2) is first and place(4) is first
+    more = place(7)
+    assert more is not first and len(more) > len(first) and place(4) is more

@@ -69,7 +69,7 @@ def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, room: Ten
             result: Tensor = _Linear.apply(hidden, weight, bias, accumulate)
             return result
     elif elsewhere or (plain and room is not None):
-        return _product(hidden, weight, bias, room=room)
+        return _forward(hidden, weight, bias, room)
     return functional.linear(hidden, weight, bias)
 
 
@@ -110,7 +110,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, accumulate: bool) -> Tensor:
         ctx.save_for_backward(hidden, weight)
         ctx.accumulate = accumulate
-        return _product(hidden, weight, bias)
+        return _forward(hidden, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -131,18 +131,24 @@ class _Linear(torch.autograd.Function):
         )
 
 
+def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, room: Tensor | None = None) -> Tensor:
+    """hidden @ weight.T + bias, without a graph, elsewhere or by PyTorch."""
+    if _elsewhere(weight.numel()):
+        return _product(hidden, weight, bias, room=room)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    out, across = _place(room, len(flat), weight.shape[0]), weight.t()
+    product = torch.mm(flat, across, out=out) if bias is None else torch.addmm(bias, flat, across, out=out)
+    return _shaped(product, hidden)
+
+
 def _product(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool = False, room: Tensor | None = None
 ) -> Tensor:
-    """hidden @ weight.T + bias, or hidden @ weight if it is ``transposed``."""
+    """hidden @ weight.T + bias, or hidden @ weight if it is ``transposed``, not by PyTorch."""
     flat = hidden.reshape(-1, hidden.shape[-1])
-    rows, outputs = len(flat), weight.shape[1] if transposed else weight.shape[0]
-    out = None if room is None else room[: rows * outputs].view(rows, outputs)
-    native = kernels()
-    if not _elsewhere(weight.numel()):
-        across = weight if transposed else weight.t()
-        product = torch.mm(flat, across, out=out) if bias is None else torch.addmm(bias, flat, across, out=out)
-    elif native is not None:
+    rows, native = len(flat), kernels()
+    if native is not None:
+        out = _place(room, rows, weight.shape[1] if transposed else weight.shape[0])
         product = native.product(flat, weight, bias, transposed=transposed, out=out)
     else:
         step = ROWS if rows > 64 else min(rows, 8)
@@ -150,8 +156,16 @@ def _product(
             flat = functional.pad(flat, (0, 0, 0, -rows % step))
         across = weight.t() if transposed else weight
         product = torch.ops.mkldnn._linear_pointwise.default(flat, across, bias, "none", [], "")
-    # in autograd's eyes no view: what a function gives may be changed in place unless it is one
-    return torch.ops.aten._unsafe_view(product[:rows], [*hidden.shape[:-1], outputs])
+    return _shaped(product[:rows], hidden)
+
+
+def _place(room: Tensor | None, rows: int, outputs: int) -> Tensor | None:
+    return None if room is None else room[: rows * outputs].view(rows, outputs)
+
+
+def _shaped(product: Tensor, hidden: Tensor) -> Tensor:
+    """(rows, N) as (..., N). In autograd's eyes no view: what a function gives may be changed in place unless it is."""
+    return torch.ops.aten._unsafe_view(product, [*hidden.shape[:-1], product.shape[1]])
 
 
 def _elsewhere(weights: int) -> bool:
