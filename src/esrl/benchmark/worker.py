@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -133,9 +134,12 @@ def _operations(contestant: Contestant, turn: int) -> dict[str, float]:
     """Per sampled token, by stage: what PyTorch and our kernels count. oneDNN, which nobody counts, is turned off."""
     if not isinstance(contestant, StepContestant):
         return {}
-    with torch.backends.mkldnn.flags(enabled=False), FlopCounterMode(display=False) as counter:
-        contestant.counter = counter
-        tokens = sum(contestant.run(turn * _SEEDS_PER_TURN)())
+    with warnings.catch_warnings():
+        # its flags are set one and all, and setting this one warns of Intel's graphics processors
+        warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")
+        with torch.backends.mkldnn.flags(enabled=False), FlopCounterMode(display=False) as counter:
+            contestant.counter = counter
+            tokens = sum(contestant.run(turn * _SEEDS_PER_TURN)())
     contestant.counter = None
     return {stage: count / tokens for stage, count in contestant.operations.items()}
 
