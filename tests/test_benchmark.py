@@ -362,7 +362,7 @@ def test_a_contestant_that_fails_is_reported_with_its_reason(tmp_path: Path):
 def test_a_contestant_that_is_killed_is_reported_with_its_signal(tmp_path: Path):
     with ContestantProcess(job("esrl", tmp_path)) as process:
         process.process.kill()
-        with pytest.raises(ContestantFailure, match="died of signal 9"):
+        with pytest.raises(ContestantFailure, match="died of signal 9, which the system sends when memory runs out"):
             process.ask({"run": 1})
 
 

@@ -73,7 +73,8 @@ class ContestantProcess:
         line = self.process.stdout.readline()
         if not line.endswith("\n"):
             code = self.process.wait()
-            raise ContestantFailure("died of " + (f"signal {-code}" if code < 0 else f"exit code {code}"))
+            hint = ", which the system sends when memory runs out" if code == -9 else ""
+            raise ContestantFailure("died of " + (f"signal {-code}{hint}" if code < 0 else f"exit code {code}"))
         answer: dict[str, Any] = json.loads(line)
         if "failed" in answer:
             raise ContestantFailure(answer["failed"])

@@ -185,6 +185,7 @@ def main() -> int:
     os.dup2(2, 1)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    warnings.simplefilter("ignore", FutureWarning)  # TRL's trainer uses names that transformers is about to change
     try:
         serve(iter(sys.stdin.readline, ""), answers)
     except (ImportError, RuntimeError, ValueError, OSError, MemoryError) as error:
