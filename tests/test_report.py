@@ -556,6 +556,7 @@ def test_a_benchmark_has_its_page(tmp_path):
     for figure in ("7.25", "5.5", "464", "143.2", "0.65", "rouge-score", "2.13.0"):
         assert figure in page
     assert page.count("<svg") == 4  # stage one, step, memory by samples, scale by prompts
+    assert "samples a prompt of 20 tokens" in page  # what tells a long source from a short one
     assert "<script" not in page and "16 prompts &lt;b&gt;" in page
     # sections that were not asked for are simply not there
     results.write_text(json.dumps({"machine": {}, "rewards": benchmark_results()["rewards"], "not_run": []}))

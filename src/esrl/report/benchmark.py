@@ -76,6 +76,8 @@ def _bars(rows: Sequence[Row], key: str, unit: str) -> list[Figure]:
     for workload in dict.fromkeys(row["workload"] for row in rows):
         group = [row for row in rows if row["workload"] == workload]
         title = f"{group[0]['model']}, {group[0]['samples']} samples a prompt"
+        if "source_tokens" in group[0]:
+            title += f" of {group[0]['source_tokens']} tokens"
         bars = [(row["contestant"], {unit: row[key]["median"]}) for row in group]
         figures.append((title, workload, bar_chart(title, bars, unit=unit)))
     return figures
