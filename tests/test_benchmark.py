@@ -475,11 +475,14 @@ def test_the_limit_counts_operations(monkeypatch: pytest.MonkeyPatch, meter: Met
     assert all(0 < row["share"] < 1 for row in rows[2:])
 
 
-def test_operations_per_token_are_those_of_the_matrix_products(folders: dict[str, Path]):
+def test_operations_per_token_are_those_of_the_matrix_products(
+    folders: dict[str, Path], capfd: pytest.CaptureFixture[str]
+):
     """Stage one: 2 operations for each weight of the decoder and the projection, and some for attention."""
     with ContestantProcess(job("esrl", folders["esrl"], "step")) as process:
         process.ask(dataclasses.asdict(job("esrl", folders["esrl"], "step")))
         operations = process.ask({"count": 1})["operations"]
+    assert "Warning" not in capfd.readouterr().err
     # query, key, value and output of both attentions but for the shared keys and values, two of width x inner width,
     # and the projection: 6 * 32 * 32 + 2 * 32 * 64 + 600 * 32 = 29,440 weights; rows that have ended but not left the
     # batch, the encoder (10 tokens for 40 samples) and attention come on top

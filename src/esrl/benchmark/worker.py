@@ -134,12 +134,9 @@ def _operations(contestant: Contestant, turn: int) -> dict[str, float]:
     """Per sampled token, by stage: what PyTorch and our kernels count. oneDNN, which nobody counts, is turned off."""
     if not isinstance(contestant, StepContestant):
         return {}
-    with warnings.catch_warnings():
-        # its flags are set one and all, and setting this one warns of Intel's graphics processors
-        warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")
-        with torch.backends.mkldnn.flags(enabled=False), FlopCounterMode(display=False) as counter:
-            contestant.counter = counter
-            tokens = sum(contestant.run(turn * _SEEDS_PER_TURN)())
+    with torch.backends.mkldnn.flags(enabled=False), FlopCounterMode(display=False) as counter:
+        contestant.counter = counter
+        tokens = sum(contestant.run(turn * _SEEDS_PER_TURN)())
     contestant.counter = None
     return {stage: count / tokens for stage, count in contestant.operations.items()}
 
@@ -185,7 +182,9 @@ def main() -> int:
     os.dup2(2, 1)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    warnings.simplefilter("ignore", FutureWarning)  # TRL's trainer uses names that transformers is about to change
+    # TRL's trainer uses names that transformers is about to change; turning oneDNN off warns of other processors
+    warnings.simplefilter("ignore", FutureWarning)
+    warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")
     try:
         serve(iter(sys.stdin.readline, ""), answers)
     except (ImportError, RuntimeError, ValueError, OSError, MemoryError) as error:
