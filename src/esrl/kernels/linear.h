@@ -134,22 +134,32 @@ static void linear(const Linear& l, Rows x, int64_t rows, Rows out, const Rows* 
     }
 }
 
+// (there, inputs) of a weight -> (inputs, BLOCK); columns that fill up the block are 0.
+static void lay_out_rows(Rows weight, int64_t there, int64_t inputs, float* to) {
+    const int64_t whole = there == BLOCK ? inputs / W * W : 0;
+    for (int64_t i = 0; i < whole; i += W)
+        for (int n = 0; n < WIDE; n++) {
+            vec square[W];
+#pragma GCC unroll 16
+            for (int j = 0; j < W; j++) {
+                const float* from = weight.row(n * W + j) + i;
+                __builtin_prefetch(from + 4 * LINE);
+                square[j] = load(from);
+            }
+            transpose(square);
+#pragma GCC unroll 16
+            for (int d = 0; d < W; d++) store(to + (i + d) * BLOCK + n * W, square[d]);
+        }
+    for (int64_t i = whole; i < inputs; i++)
+        for (int64_t j = 0; j < BLOCK; j++) to[i * BLOCK + j] = j < there ? weight.row(j)[i] : 0;
+}
+
 // (outputs, inputs) -> blocks, this thread's part; outputs that fill up the last block are 0.
 static void lay_out(Rows weight, int64_t outputs, int64_t inputs, float* to, Team team) {
-    constexpr int PIECE = 16;  // inputs copied at a time: whole cache lines
     const int64_t blocks = (outputs + BLOCK - 1) / BLOCK;
-    for (int64_t block = team.begin(blocks); block < team.end(blocks); block++) {
-        float* out = to + block * BLOCK * inputs;
-        const int64_t there = std::min<int64_t>(BLOCK, outputs - block * BLOCK);
-        for (int64_t i = 0; i < inputs; i += PIECE) {
-            const int64_t width = std::min<int64_t>(PIECE, inputs - i);
-            float near[BLOCK][PIECE] = {};
-            for (int64_t j = 0; j < there; j++)
-                std::memcpy(near[j], weight.row(block * BLOCK + j) + i, width * sizeof(float));
-            for (int64_t d = 0; d < width; d++)
-                for (int j = 0; j < BLOCK; j++) out[(i + d) * BLOCK + j] = near[j][d];
-        }
-    }
+    for (int64_t block = team.begin(blocks); block < team.end(blocks); block++)
+        lay_out_rows({weight.row(block * BLOCK), weight.stride}, std::min<int64_t>(BLOCK, outputs - block * BLOCK), inputs,
+                     to + block * BLOCK * inputs);
 }
 
 }  // namespace esrl

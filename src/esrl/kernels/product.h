@@ -3,53 +3,12 @@
 // A thread lays out a block of outputs, PANEL inputs at a time, right before it is used: with a hundred rows and more
 // that is little work, and the weight needs no second place.
 #pragma once
-#include <utility>
 
 #include "linear.h"
 
 namespace esrl {
 
 constexpr int64_t PANEL = 512;  // inputs laid out at a time: with a block's outputs they stay near
-
-// Lane i of the result: of a 2 * SIZE wide piece the first half (or the second) comes from a, the rest from b.
-template <int SIZE, bool SECOND, int... I>
-static inline vec halves(vec a, vec b, std::integer_sequence<int, I...>) {
-    return __builtin_shufflevector(a, b, (I / SIZE % 2 ? W + I - SIZE + (SECOND ? SIZE : 0) : I + (SECOND ? SIZE : 0))...);
-}
-
-// A square of W x W numbers, its rows vectors: rows become columns.
-template <int SIZE = W / 2>
-static inline void transpose(vec* rows) {
-    constexpr auto lanes = std::make_integer_sequence<int, W>();
-#pragma GCC unroll 16
-    for (int i = 0; i < W; i++) {
-        if (i / SIZE % 2) continue;
-        const vec a = rows[i], b = rows[i + SIZE];
-        rows[i] = halves<SIZE, false>(a, b, lanes);
-        rows[i + SIZE] = halves<SIZE, true>(a, b, lanes);
-    }
-    if constexpr (SIZE > 1) transpose<SIZE / 2>(rows);
-}
-
-// (there, inputs) of a weight -> (inputs, BLOCK); columns that fill up the block are 0.
-static void lay_out_rows(Rows weight, int64_t there, int64_t inputs, float* to) {
-    const int64_t whole = there == BLOCK ? inputs / W * W : 0;
-    for (int64_t i = 0; i < whole; i += W)
-        for (int n = 0; n < WIDE; n++) {
-            vec square[W];
-#pragma GCC unroll 16
-            for (int j = 0; j < W; j++) {
-                const float* from = weight.row(n * W + j) + i;
-                __builtin_prefetch(from + 4 * LINE);
-                square[j] = load(from);
-            }
-            transpose(square);
-#pragma GCC unroll 16
-            for (int d = 0; d < W; d++) store(to + (i + d) * BLOCK + n * W, square[d]);
-        }
-    for (int64_t i = whole; i < inputs; i++)
-        for (int64_t j = 0; j < BLOCK; j++) to[i * BLOCK + j] = j < there ? weight.row(j)[i] : 0;
-}
 
 // (inputs, there) of a weight's transpose -> (inputs, BLOCK).
 static void lay_out_columns(Rows weight, int64_t there, int64_t inputs, float* to) {

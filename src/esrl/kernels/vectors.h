@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 namespace esrl {
 
@@ -83,6 +84,26 @@ static inline float largest(vec a) {
     float best = a[0];
     for (int i = 1; i < W; i++) best = a[i] > best ? a[i] : best;
     return best;
+}
+
+// Lane i of the result: of a 2 * SIZE wide piece the first half (or the second) comes from a, the rest from b.
+template <int SIZE, bool SECOND, int... I>
+static inline vec halves(vec a, vec b, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(a, b, (I / SIZE % 2 ? W + I - SIZE + (SECOND ? SIZE : 0) : I + (SECOND ? SIZE : 0))...);
+}
+
+// A square of W x W numbers, its rows vectors: rows become columns.
+template <int SIZE = W / 2>
+static inline void transpose(vec* rows) {
+    constexpr auto lanes = std::make_integer_sequence<int, W>();
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++) {
+        if (i / SIZE % 2) continue;
+        const vec a = rows[i], b = rows[i + SIZE];
+        rows[i] = halves<SIZE, false>(a, b, lanes);
+        rows[i + SIZE] = halves<SIZE, true>(a, b, lanes);
+    }
+    if constexpr (SIZE > 1) transpose<SIZE / 2>(rows);
 }
 
 // exp(x) for x <= 0, to about two units in the last place; exactly 0 below -87 and at minus infinity. What is not a
