@@ -4,6 +4,7 @@
 #include "draw.h"
 #include "encoder.h"
 #include "gradient.h"
+#include "memory.h"
 #include "product.h"
 #include "rouge.h"
 #include "training_attention.h"
@@ -30,6 +31,13 @@ extern "C" {
 int64_t esrl_vector() { return W; }
 int64_t esrl_block() { return BLOCK; }
 int64_t esrl_operations() { return operations; }
+
+// Memory for so many numbers, whatever they are, in huge pages. Null: there is none.
+Large* esrl_large(int64_t count) try { return new Large(count); } catch (const std::bad_alloc&) { return nullptr; }
+float* esrl_large_data(const Large* large) { return large->data(); }
+void esrl_large_free(Large* large) { delete large; }
+// Whether there was anything.
+int64_t esrl_release() { return kept().release(); }
 
 void esrl_lay_out(float* weight, int64_t outputs, int64_t inputs, float* to, int64_t threads) {
 #pragma omp parallel num_threads(threads)
@@ -73,8 +81,9 @@ int64_t esrl_weight_gradient(float* gradient, int64_t gradient_stride, float* x,
 
 int64_t esrl_room(int64_t outputs) { return (outputs + SUMMED - 1) / SUMMED * SUMMED + W; }
 
-Decoder* esrl_decoder(const Marian* model, int64_t threads) {
-    return new (std::nothrow) Decoder{model, threads, {}, {}, {}, {}, {}};
+// large: much is decoded at a time, and memory is to be in huge pages.
+Decoder* esrl_decoder(const Marian* model, int64_t threads, int64_t large) {
+    return new (std::nothrow) Decoder{model, threads, {}, {}, {}, bool(large), {}, {}, {}};
 }
 
 void esrl_free(Decoder* decoder) { delete decoder; }
@@ -132,17 +141,22 @@ int64_t esrl_step(Decoder* decoder, const int64_t* tokens, float* out, int64_t s
     return 0;
 }
 
+// Numbers of the room that `esrl_encode` needs.
+int64_t esrl_encode_room(const Encoder* encoder, const Sources* sources) {
+    int64_t most = ENCODED;
+    for (int64_t p = 0; p < sources->prompts; p++) most = std::max(most, sources->starts[p + 1] - sources->starts[p]);
+    return std::min(most, sources->starts[sources->prompts]) * (5 * encoder->width + encoder->inner + 4 * W);
+}
+
 // Prompts -> keys and values (P, H, S, d) for each reader, at the places of real tokens. 0: no memory.
-int64_t esrl_encode(const Encoder* encoder, const Sources* sources, float* const* keys, float* const* values,
+int64_t esrl_encode(const Encoder* encoder, const Sources* sources, float* room, float* const* keys, float* const* values,
                     int64_t threads) try {
     const int64_t width = encoder->width, prompts = sources->prompts, *starts = sources->starts;
-    std::vector<float> room;
     for (int64_t first = 0, last; first < prompts; first = last) {
         for (last = first + 1; last < prompts && starts[last + 1] - starts[first] <= ENCODED;) last++;
         const int64_t rows = starts[last] - starts[first];
-        room.resize(std::max<int64_t>(room.size(), rows * (5 * width + encoder->inner + 4 * W)));
 #pragma omp parallel num_threads(threads)
-        encode(*encoder, *sources, first, last, room.data(), keys, values);
+        encode(*encoder, *sources, first, last, room, keys, values);
         for (int64_t l = 0; l < encoder->num_layers; l++) {
             const EncoderLayer& layer = encoder->layers[l];
             for (const Linear* each : {&layer.query, &layer.key, &layer.value, &layer.mixed, &layer.inner, &layer.outer})

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "memory.h"
 
 namespace esrl {
 
@@ -37,7 +38,8 @@ struct Prompts {
     int64_t length;
 };
 
-constexpr int64_t PAGE = 8;  // positions of a page
+constexpr int64_t PAGE = 8;        // positions of a page
+constexpr int64_t SLAB = 1 << 20;  // numbers of the pages that are made at a time
 
 struct Row {
     const Prompts* prompts;
@@ -56,19 +58,26 @@ struct Decoder {
     std::vector<Row> rows;
     std::vector<int64_t> order;  // rows, those of a prompt together
     std::vector<Group> groups;
+    bool large;                // pages come from slabs, not one by one
+    std::vector<Large> slabs;
     std::vector<float*> free_pages;
     std::vector<float> room;  // activations
 
-
     float* new_page() {
-        if (free_pages.empty()) {
-            void* page = std::malloc(model->num_layers * 2 * PAGE * model->width * sizeof(float));
-            if (!page) throw std::bad_alloc();
-            return static_cast<float*>(page);
+        const int64_t page = model->num_layers * 2 * PAGE * model->width;
+        if (free_pages.empty() && !large) {
+            void* made = std::malloc(page * sizeof(float));
+            if (!made) throw std::bad_alloc();
+            return static_cast<float*>(made);
         }
-        float* page = free_pages.back();
+        if (free_pages.empty()) {
+            const int64_t count = std::max<int64_t>(1, SLAB / page);
+            slabs.emplace_back(count * page);
+            for (int64_t i = count - 1; i >= 0; i--) free_pages.push_back(slabs.back().data() + i * page);
+        }
+        float* taken = free_pages.back();
         free_pages.pop_back();
-        return page;
+        return taken;
     }
 
     void arrange() {
@@ -93,6 +102,7 @@ struct Decoder {
     }
 
     ~Decoder() {
+        if (large) return;
         for (Row& row : rows)
             for (float* page : row.pages) std::free(page);
         for (float* page : free_pages) std::free(page);
@@ -117,23 +127,46 @@ static inline float* layer_of(const Marian& model, float* page, int64_t layer) {
     return page + layer * 2 * PAGE * model.width;
 }
 
+// The first keys or values of a page, which come next, are fetched while others are read.
+static inline void fetch(const float* page, int64_t count) {
+    for (int64_t i = 0; i < count; i += LINE) __builtin_prefetch(page + i, 0, 2);
+}
+
+// A sum of values.
+template <int V>
+struct Sum {
+    vec parts[1][V];
+};
+
+// Page after page, all heads of each: a page's keys lie side by side, and so do its values. `scores`: room for n + PAGE + W
+// numbers a head.
 template <int V>
 static void self_attention(const Marian& model, const Row& row, int64_t layer, const float* query, float* scores,
-                           float* out) {
-    const int64_t n = row.position + 1, width = model.width;
+                           Sum<V>* sums, float* out) {
+    const int64_t n = row.position + 1, width = model.width, room = n + PAGE + W, last = (n - 1) / PAGE;
+    const auto keys = [&](int64_t page) { return layer_of(model, row.pages[page], layer); };
+    const auto values = [&](int64_t page) { return keys(page) + PAGE * width; };
+    for (int64_t page = 0; page <= last; page++) {
+        fetch(page < last ? keys(page + 1) : values(0), PAGE * width);
+        for (int64_t head = 0; head < model.heads; head++) {
+            const float* own = query + head * V * W;
+            score<V, 1>(&own, keys(page) + head * V * W, std::min(PAGE, n - page * PAGE), width,
+                        scores + head * room + page * PAGE, 0);
+        }
+    }
     for (int64_t head = 0; head < model.heads; head++) {
-        const int64_t at = head * V * W;
-        const float* own = query + at;
-        float* to = out + at;
-        for (int64_t i = 0; i < n; i += PAGE)
-            score<V, 1>(&own, layer_of(model, row.pages[i / PAGE], layer) + at, std::min(PAGE, n - i), width, scores + i,
-                        0);
-        const float share = weigh(scores, n);
-        vec sum[1][V] = {};
-        for (int64_t i = 0; i < n; i += PAGE)
-            mix<V, 1>(scores + i, 0, layer_of(model, row.pages[i / PAGE], layer) + PAGE * width + at,
-                      std::min(PAGE, n - i), width, sum);
-        finish<V, 1>(sum, &share, &to);
+        scores[head * room + n] = weigh(scores + head * room, n);  // behind the weights, where nothing else is read
+        sums[head] = {};
+    }
+    for (int64_t page = 0; page <= last; page++) {
+        if (page < last) fetch(values(page + 1), PAGE * width);
+        for (int64_t head = 0; head < model.heads; head++)
+            mix<V, 1>(scores + head * room + page * PAGE, 0, values(page) + head * V * W,
+                      std::min(PAGE, n - page * PAGE), width, sums[head].parts);
+    }
+    for (int64_t head = 0; head < model.heads; head++) {
+        float* to = out + head * V * W;
+        finish<V, 1>(sums[head].parts, scores + head * room + n, &to);
     }
 }
 
@@ -170,7 +203,8 @@ static void layers(Decoder& decoder, const int64_t* tokens, Rows hidden, Rows pr
     const Team team;
     int64_t longest = 0;
     for (const Row& row : decoder.rows) longest = std::max(longest, row.position + 1);
-    std::vector<float> scores(longest + PAGE + W);
+    std::vector<float> scores((longest + PAGE + W) * model.heads);
+    std::vector<Sum<V>> sums(model.heads);
     const Rows query{projected.at, projected.stride}, key{projected.at + width, projected.stride},
         value{projected.at + 2 * width, projected.stride};
     const auto norm = [&](const Norm& norm) {
@@ -195,7 +229,7 @@ static void layers(Decoder& decoder, const int64_t* tokens, Rows hidden, Rows pr
             float* place = layer_of(model, row.pages[row.position / PAGE], l) + row.position % PAGE * width;
             std::memcpy(place, key.row(r), width * sizeof(float));
             std::memcpy(place + PAGE * width, value.row(r), width * sizeof(float));
-            self_attention<V>(model, row, l, query.row(r), scores.data(), mixed.row(r));
+            self_attention<V>(model, row, l, query.row(r), scores.data(), sums.data(), mixed.row(r));
         }
         linear(layer.mixed, mixed, count, hidden, &hidden, team);
         norm(layer.norm);

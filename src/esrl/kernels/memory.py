@@ -1,23 +1,48 @@
+"""The memory that the two stages take turns with on a CPU.
+
+With long sources stage one is in huge pages of its own, kept from call to call (``memory.h``); stage two's memory comes from
+malloc, which keeps it likewise. Each gives back what it has kept before the other one begins: the peak is that of one
+stage, not of both. With short sources both are in malloc's memory, and nothing is given back.
+"""
+
 from __future__ import annotations
-import mmap
-import torch
-from torch import Tensor
-MODES: set[str] = set()
-ARENA: list = []
 
-def numbers(count: int, mode: str) -> Tensor:
-    if mode not in MODES or (count * 4 < 4 << 20 and mode != "w"):
-        return torch.empty(count)
-    if mode == "w":
-        if not ARENA or ARENA[0][1] + count > len(ARENA[0][0]):
-            ARENA[:] = [[numbers_(100 << 20), 0]]
-        a = ARENA[0]
-        at = a[1]
-        a[1] += (count + 15) // 16 * 16
-        return a[0][at:at + count]
-    return numbers_(count)
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
 
-def numbers_(count):
-    room = mmap.mmap(-1, count * 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    room.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(room, dtype=torch.float32)
+from esrl.kernels.native import kernels
+
+
+@contextmanager
+def stage_two() -> Iterator[None]:
+    """Stage two's turn."""
+    native = kernels()
+    taken_over = native is not None and bool(native.library.esrl_release())
+    try:
+        yield
+    finally:
+        if taken_over:
+            trim()
+
+
+def give_back() -> None:
+    """All that is kept goes back to the system."""
+    native = kernels()
+    if native is not None:
+        native.library.esrl_release()
+    trim()
+
+
+def trim() -> None:
+    """What malloc has kept goes back to the system, where the C library can do that: glibc."""
+    if (function := _malloc_trim()) is not None:
+        function(0)
+
+
+@cache
+def _malloc_trim() -> Any:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import POINTER, Structure, c_char_p, c_double, c_int64, c_void_p
+import weakref
+from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,13 @@ from torch import Tensor
 from esrl.kernels.build import CannotBuildError, library
 
 ACTIVATIONS = {"none": 0, "relu": 1, "silu": 2}
+LARGE = 1 << 23
+"""Numbers of a batch's keys and values from which on stage one is in huge pages of its own: long sources. Below, it takes
+turns with stage two in malloc's memory, which costs least where both are short (docs/performance.md)."""
+
+
+_SLAB = 1 << 24
+"""Numbers that an arena gets from the system at a time."""
 
 
 class LinearStruct(Structure):
@@ -50,6 +58,10 @@ class Native:
             ("block", integer, []),
             ("operations", integer, []),
             ("room", integer, [integer]),
+            ("large", pointer, [integer]),
+            ("large_data", pointer, [pointer]),
+            ("large_free", None, [pointer]),
+            ("release", integer, []),
             ("lay_out", None, [pointer, integer, integer, pointer, integer]),
             ("linear", None, [POINTER(LinearStruct), pointer, integer, integer, pointer, pointer, integer]),
             (
@@ -72,19 +84,35 @@ class Native:
                 integer,
                 [pointer, integer, pointer, integer, *[integer] * 3, pointer, integer, integer],
             ),
-            ("decoder", pointer, [pointer, integer]),
+            ("decoder", pointer, [pointer, integer, integer]),
             ("free", None, [pointer]),
             ("join", integer, [pointer, pointer, pointer, integer]),
             ("keep", integer, [pointer, pointer, integer]),
             ("step", integer, [pointer, pointer, pointer, integer]),
             ("rouge_l", integer, [c_char_p, c_char_p, integer, pointer]),
             ("attention", integer, [pointer, integer, integer, integer]),
-            ("encode", integer, [pointer, pointer, pointer, pointer, integer]),
+            ("encode_room", integer, [pointer, pointer]),
+            ("encode", integer, [pointer, pointer, pointer, pointer, pointer, integer]),
         ):
             function = getattr(self.library, f"esrl_{name}")
             function.restype, function.argtypes = result, arguments
         self.vector: int = self.library.esrl_vector()
         self.block: int = self.library.esrl_block()
+
+    def large(self, count: int) -> Tensor:
+        """(count,) float32, whatever they are, for what is read again and again: in huge pages where there are some.
+
+        With the tensor the memory goes to whoever asks next, and to the system with ``release``.
+
+        Raises:
+            MemoryError: there is no memory for them.
+        """
+        handle = self.library.esrl_large(count)
+        if not handle:
+            raise MemoryError(f"there is no memory for {count} numbers.")
+        numbers = (c_float * count).from_address(self.library.esrl_large_data(handle))
+        weakref.finalize(numbers, self.library.esrl_large_free, handle)
+        return torch.frombuffer(numbers, dtype=torch.float32)
 
     def draw(
         self,
@@ -183,19 +211,48 @@ class Native:
         return list(scores)
 
 
+class Arena:
+    """Tensors side by side in huge pages; each keeps the memory of its neighbours."""
+
+    def __init__(self, native: Native) -> None:
+        self._native = native
+        self._left = torch.empty(0)
+
+    def take(self, count: int) -> Tensor:
+        """(count,) float32, whatever they are; they begin at a multiple of 64 bytes.
+
+        Raises:
+            MemoryError: there is no memory for them.
+        """
+        filled = -(-count // 16) * 16
+        if len(self._left) < filled:
+            self._left = self._native.large(max(filled, _SLAB))
+        taken, self._left = self._left[:count], self._left[filled:]
+        return taken
+
+
 class LaidOut:
     """``functional.linear`` with a weight laid out for the kernels.
 
     Args:
         weight: (N, D) float32 on the CPU; bias: (N,).
         activation: applied to the result; one of ``ACTIVATIONS``.
+        arena: where the weight goes; without one it has memory of its own.
     """
 
-    def __init__(self, native: Native, weight: Tensor, bias: Tensor | None, activation: str = "none") -> None:
+    def __init__(
+        self,
+        native: Native,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: str = "none",
+        arena: Arena | None = None,
+    ) -> None:
         self.native = native
         self.outputs, self.inputs = weight.shape
         blocks = -(-self.outputs // native.block)
-        self._weight = torch.empty(blocks * native.block * self.inputs)
+        count = blocks * native.block * self.inputs
+        self._weight = torch.empty(count) if arena is None else arena.take(count)
         self._bias = torch.zeros(blocks * native.block)
         self._room: Tensor | None = None
         if bias is not None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from esrl.kernels import LaidOut, Native
-from esrl.kernels.native import LinearStruct
+from esrl.kernels.native import Arena, LinearStruct
 from esrl.models.attention import packing_kernels
 
 
@@ -21,15 +21,20 @@ class NormStruct(Structure):
 
 
 class LaidOutWeights:
-    """Keeps what the structures point to, as long as it lives."""
+    """Keeps what the structures point to, as long as it lives.
 
-    def __init__(self, native: Native) -> None:
+    Args:
+        large: weights go into huge pages.
+    """
+
+    def __init__(self, native: Native, *, large: bool) -> None:
         self.native = native
+        self._arena = Arena(native) if large else None
         self._kept: list[Any] = []
 
     def linear(self, linear: Any, activation: str = "none") -> LinearStruct:
         """A linear layer, its weight laid out."""
-        laid_out = LaidOut(self.native, linear.weight.detach(), linear.bias, activation)
+        laid_out = LaidOut(self.native, linear.weight.detach(), linear.bias, activation, self._arena)
         self._kept.append(laid_out)
         return laid_out.struct
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from esrl.algorithm.log_probs import Projection
 from esrl.kernels import Native
-from esrl.kernels.native import LinearStruct
+from esrl.kernels.native import LARGE, LinearStruct
 from esrl.models.compiled import LaidOutWeights, NormStruct, activation
 from esrl.models.linear import FrozenProjection
 from esrl.models.policy import BatchSizes, PromptState
@@ -42,7 +42,7 @@ class _Prompts(Structure):
 
 
 class CompiledMarianDecoder:
-    """A Marian decoder's weights as they are now, laid out for the compiled step.
+    """A Marian decoder's weights, laid out for the compiled step as they are when the first rows start.
 
     Args:
         native: the kernels.
@@ -56,9 +56,21 @@ class CompiledMarianDecoder:
         self.projection = FrozenProjection(projection)
         self.batch_sizes: BatchSizes = "any"
         self.width = decoder.embed_tokens.weight.shape[1]
-        self._weights = weights = LaidOutWeights(native)
-        layers = (_Layer * len(decoder.layers))(*(self._layer(layer) for layer in decoder.layers))
-        self.struct = _Marian(
+        self._decoder = decoder
+        self._laid_out: tuple[LaidOutWeights, _Marian] | None = None
+
+    def struct(self, large: bool) -> _Marian:
+        """What the kernels take; ``large``: in huge pages, if it is not there yet."""
+        if self._laid_out is None:
+            weights = LaidOutWeights(self.native, large=large)
+            self._laid_out = weights, self._struct(weights)
+        return self._laid_out[1]
+
+    @torch.no_grad()
+    def _struct(self, weights: LaidOutWeights) -> _Marian:
+        decoder = self._decoder
+        layers = (_Layer * len(decoder.layers))(*(_layer(weights, layer) for layer in decoder.layers))
+        return _Marian(
             weights.at(decoder.embed_tokens.weight),
             weights.at(decoder.embed_positions.weight),
             decoder.embed_scale,
@@ -72,16 +84,17 @@ class CompiledMarianDecoder:
     def start(self, state: PromptState, prompt_index: Tensor) -> CompiledDecoder:
         return CompiledDecoder(self, state, prompt_index)
 
-    def _layer(self, layer: Any) -> _Layer:
-        own, cross, weights = layer.self_attn, layer.encoder_attn, self._weights
-        linears = (own.q_proj, own.k_proj, own.v_proj, own.out_proj, cross.q_proj, cross.out_proj)
-        norms = (layer.self_attn_layer_norm, layer.encoder_attn_layer_norm, layer.final_layer_norm)
-        return _Layer(
-            *(weights.linear(part) for part in linears),
-            weights.linear(layer.fc1, activation(layer) or "none"),
-            weights.linear(layer.fc2),
-            *map(weights.norm, norms),
-        )
+
+def _layer(weights: LaidOutWeights, layer: Any) -> _Layer:
+    own, cross = layer.self_attn, layer.encoder_attn
+    linears = (own.q_proj, own.k_proj, own.v_proj, own.out_proj, cross.q_proj, cross.out_proj)
+    norms = (layer.self_attn_layer_norm, layer.encoder_attn_layer_norm, layer.final_layer_norm)
+    return _Layer(
+        *(weights.linear(part) for part in linears),
+        weights.linear(layer.fc1, activation(layer) or "none"),
+        weights.linear(layer.fc2),
+        *map(weights.norm, norms),
+    )
 
 
 class CompiledDecoder:
@@ -96,7 +109,9 @@ class CompiledDecoder:
     def __init__(self, weights: CompiledMarianDecoder, state: PromptState, prompt_index: Tensor) -> None:
         self.weights = weights
         self._library = weights.native.library
-        self._handle = self._library.esrl_decoder(addressof(weights.struct), torch.get_num_threads())
+        large = 2 * sum(part.numel() for part in state.keys) >= LARGE
+        struct = weights.struct(large)
+        self._handle = self._library.esrl_decoder(addressof(struct), torch.get_num_threads(), large)
         self._check(self._handle)
         weakref.finalize(self, self._library.esrl_free, self._handle)
         self.sizes: list[int] = []

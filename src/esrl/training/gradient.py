@@ -20,6 +20,7 @@ from esrl.algorithm.log_probs import MAX_LOGITS, room_for_logits, token_log_prob
 from esrl.algorithm.products import accumulating
 from esrl.algorithm.streams import seed_of
 from esrl.errors import OutOfMemoryError
+from esrl.kernels import memory
 from esrl.models.policy import Policy, PromptState
 from esrl.models.precision import autocast
 from esrl.training.oom import free_cached_memory, is_out_of_memory
@@ -106,7 +107,8 @@ class StageTwo:
         self, prompts: Prompts, rollouts: Rollouts, temperature: Tensor | None, seed: int
     ) -> tuple[Tensor, Tensor | None]:
         """(R, T) log-probabilities and, where there is a critic, (R, T) values before each token; 0 elsewhere."""
-        return self._retry(lambda: self._scores(prompts, rollouts, temperature, seed))
+        with memory.stage_two():
+            return self._retry(lambda: self._scores(prompts, rollouts, temperature, seed))
 
     def backward(
         self,
@@ -135,7 +137,8 @@ class StageTwo:
                 module.zero_grad(set_to_none=False)
             self._backward(prompts, rollouts, (coefficients, value_coefficients), temperature, seed)
 
-        self._retry(attempt)
+        with memory.stage_two():
+            self._retry(attempt)
 
     def _scores(
         self, prompts: Prompts, rollouts: Rollouts, temperature: Tensor | None, seed: int

@@ -1,0 +1,88 @@
+"""Huge pages of stage one: kept from call to call, given back before stage two."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from esrl.kernels import LaidOut, Native, kernels, memory, why_not
+from esrl.kernels.native import Arena
+
+
+@pytest.fixture
+def native() -> Native:
+    found = kernels()
+    if found is None:
+        pytest.skip(f"no compiled kernels: {why_not()}")
+    memory.give_back()
+    return found
+
+
+def test_memory_is_kept_for_the_next_one(native):
+    first = native.large(1 << 20)
+    assert first.shape == (1 << 20,) and first.dtype == torch.float32
+    first.fill_(1)
+    at = first.data_ptr()
+    part = first[5:10]
+    del first
+    assert native.large(1 << 20).data_ptr() != at  # a part of it is still there
+    assert part.tolist() == [1] * 5
+    del part
+    smaller = native.large(1 << 19)  # half as much may have it
+    both = {at} | {smaller.data_ptr()}
+    del smaller
+    assert native.large(1 << 20).data_ptr() in both
+
+
+def test_much_is_not_kept_for_little(native):
+    large = native.large(1 << 23)
+    at = large.data_ptr()
+    del large
+    little = native.large(10)
+    assert little.data_ptr() != at
+    assert native.large(1 << 23).data_ptr() == at
+
+
+def test_no_memory_is_said(native):
+    with pytest.raises(MemoryError, match="there is no memory for 1099511627776000 numbers"):
+        native.large(1_099_511_627_776_000)
+
+
+def test_tensors_of_an_arena_lie_side_by_side(native):
+    arena = Arena(native)
+    first, second = arena.take(20), arena.take(20)
+    assert second.data_ptr() - first.data_ptr() == 128
+    first.fill_(1)
+    second.fill_(2)
+    assert first.tolist() == [1] * 20 and second.tolist() == [2] * 20
+    assert arena.take(1 << 25).shape == (1 << 25,)  # more than it gets at a time
+
+
+def test_a_layer_in_an_arena_is_the_same(native):
+    weight, hidden = torch.randn(100, 70), torch.randn(9, 70)
+    assert torch.equal(
+        LaidOut(native, weight, None, arena=Arena(native))(hidden), LaidOut(native, weight, None)(hidden)
+    )
+
+
+def test_stage_two_takes_over_what_is_kept(native, monkeypatch):
+    trimmed: list[int] = []
+    monkeypatch.setattr(memory, "trim", lambda: trimmed.append(1))
+    with memory.stage_two():
+        pass
+    assert not trimmed  # nothing was kept: stage one was in malloc's memory
+    native.large(1 << 20)
+    with memory.stage_two():
+        assert not native.library.esrl_release() and not trimmed
+    assert trimmed
+    native.large(1 << 20)
+    with pytest.raises(ValueError, match="stage two"), memory.stage_two():
+        raise ValueError("stage two")
+    assert len(trimmed) == 2
+
+
+def test_without_kernels_there_is_nothing_to_give(monkeypatch):
+    monkeypatch.setattr(memory, "kernels", lambda: None)
+    with memory.stage_two():
+        pass
+    memory.give_back()
