@@ -309,7 +309,7 @@ def test_peak_memory_sees_what_was_freed_and_starts_anew():
 
 def test_a_waiting_contestant_gives_much_memory_back_and_keeps_little(monkeypatch):
     memory, released = PeakMemory(uses_torch=False), []
-    monkeypatch.setattr(worker_module, "_release_free_memory", lambda: released.append(True))
+    monkeypatch.setattr(worker_module, "_give_back", lambda: released.append(True))
     monkeypatch.setattr(memory, "cuda", False)
     monkeypatch.setattr(memory, "resettable", True)
     resident = memory.rest

@@ -14,7 +14,7 @@ def native() -> Native:
     found = kernels()
     if found is None:
         pytest.skip(f"no compiled kernels: {why_not()}")
-    memory.give_back()
+    memory.release()
     return found
 
 
@@ -73,7 +73,7 @@ def test_stage_two_takes_over_what_is_kept(native, monkeypatch):
     assert not trimmed  # nothing was kept: stage one was in malloc's memory
     native.large(1 << 20)
     with memory.stage_two():
-        assert not native.library.esrl_release() and not trimmed
+        assert not memory.release() and not trimmed
     assert trimmed
     native.large(1 << 20)
     with pytest.raises(ValueError, match="stage two"), memory.stage_two():
@@ -81,8 +81,8 @@ def test_stage_two_takes_over_what_is_kept(native, monkeypatch):
     assert len(trimmed) == 2
 
 
-def test_without_kernels_there_is_nothing_to_give(monkeypatch):
-    monkeypatch.setattr(memory, "kernels", lambda: None)
+def test_without_kernels_nothing_is_kept(monkeypatch):
+    monkeypatch.setattr(memory, "loaded", lambda: None)
+    assert not memory.release()
     with memory.stage_two():
         pass
-    memory.give_back()

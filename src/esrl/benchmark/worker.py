@@ -26,7 +26,7 @@ from transformers.utils import logging
 from esrl.benchmark.contestants import CONTESTANTS, Contestant, Job, JobKind
 from esrl.benchmark.language_steps import LANGUAGE_STEPS
 from esrl.benchmark.steps import STEPS, StepContestant
-from esrl.kernels.memory import give_back
+from esrl.kernels import memory as system
 
 TURN_SECONDS = 3.0
 """A turn lasts at least this long."""
@@ -48,7 +48,7 @@ class PeakMemory:
     def __init__(self, uses_torch: bool) -> None:
         self.cuda = torch.cuda.is_available()
         self.uses_torch = uses_torch
-        give_back()
+        _give_back()
         if self.cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -66,7 +66,7 @@ class PeakMemory:
         and whoever is measured in short turns would pay for it in each.
         """
         if self.cuda or not self.resettable or self._rest() - self.rest > _KEPT:
-            give_back()
+            _give_back()
 
     def _rest(self) -> int:
         if not self.cuda:
@@ -139,6 +139,12 @@ def _operations(contestant: Contestant, turn: int) -> dict[str, float]:
         tokens = sum(contestant.run(turn * _SEEDS_PER_TURN)())
     contestant.counter = None
     return {stage: count / tokens for stage, count in contestant.operations.items()}
+
+
+def _give_back() -> None:
+    """All that is kept goes back to the system."""
+    system.release()
+    system.trim()
 
 
 def _reset_high_water_mark() -> bool:

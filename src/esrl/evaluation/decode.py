@@ -13,6 +13,7 @@ from esrl.data.encoding import Encoder, make_causal_prompts
 from esrl.data.examples import Example
 from esrl.data.stops import check_stops
 from esrl.evaluation.scores import Metric
+from esrl.kernels import memory
 from esrl.models.adapters import AnyPolicy
 from esrl.models.causal import CausalPolicy
 from esrl.models.seq2seq import MarianPolicy
@@ -93,6 +94,7 @@ def decode(
                 )
             for i, text in zip(part, outputs, strict=True):
                 texts[i] = text
+    memory.release()
     policy.model.train(was_training)
     return texts
 

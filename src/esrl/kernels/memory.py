@@ -1,8 +1,8 @@
 """The memory that the two stages take turns with on a CPU.
 
-With long sources stage one is in huge pages of its own, kept from call to call (``memory.h``); stage two's memory comes from
-malloc, which keeps it likewise. Each gives back what it has kept before the other one begins: the peak is that of one
-stage, not of both. With short sources both are in malloc's memory, and nothing is given back.
+With long sources stage one is in huge pages of its own, kept from call to call (``memory.h``); stage two's memory comes
+from malloc, which keeps it likewise. Each gives back what it has kept before the other one begins: the peak is that of
+one stage, not of both. With short sources both are in malloc's memory, and nothing is given back.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-from esrl.kernels.native import kernels
+from esrl.kernels.native import loaded
 
 
 @contextmanager
 def stage_two() -> Iterator[None]:
     """Stage two's turn."""
-    native = kernels()
-    taken_over = native is not None and bool(native.library.esrl_release())
+    taken_over = release()
     try:
         yield
     finally:
@@ -29,12 +28,10 @@ def stage_two() -> Iterator[None]:
             trim()
 
 
-def give_back() -> None:
-    """All that is kept goes back to the system."""
-    native = kernels()
-    if native is not None:
-        native.library.esrl_release()
-    trim()
+def release() -> bool:
+    """Stage one's memory goes back to the system; whether there was any."""
+    native = loaded()
+    return native is not None and bool(native.library.esrl_release())
 
 
 def trim() -> None:

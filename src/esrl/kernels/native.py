@@ -17,8 +17,8 @@ from esrl.kernels.build import CannotBuildError, library
 
 ACTIVATIONS = {"none": 0, "relu": 1, "silu": 2}
 LARGE = 1 << 23
-"""Numbers of a batch's keys and values from which on stage one is in huge pages of its own: long sources. Below, it takes
-turns with stage two in malloc's memory, which costs least where both are short (docs/performance.md)."""
+"""Numbers of a batch's keys and values from which on stage one is in huge pages of its own: long sources. Below, it
+takes turns with stage two in malloc's memory, which costs least where both are short (docs/performance.md)."""
 
 
 _SLAB = 1 << 24
@@ -312,6 +312,11 @@ def kernels() -> Native | None:
     """The compiled kernels, built if need be; None where they cannot be."""
     loaded = _load()
     return loaded if isinstance(loaded, Native) else None
+
+
+def loaded() -> Native | None:
+    """The compiled kernels, where somebody has asked for them already."""
+    return kernels() if _load.cache_info().currsize else None
 
 
 def operations() -> int:
