@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -41,6 +44,20 @@ def test_much_is_not_kept_for_little(native):
     little = native.large(10)
     assert little.data_ptr() != at
     assert native.large(1 << 23).data_ptr() == at
+
+
+def mapped() -> int:
+    """Bytes of this process's address space."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
+
+
+def test_batches_that_grow_do_not_pile_up(native):
+    before = mapped()
+    sizes = [round((1 << 24) * 1.2**i) for i in range(12)]
+    for count in sizes:
+        native.large(count)
+    # by halves at most: what is kept is less than twice the largest
+    assert mapped() - before < 2.2 * 4 * sizes[-1] < 4 * sum(sizes) / 2
 
 
 def test_no_memory_is_said(native):

@@ -58,7 +58,7 @@ struct Decoder {
     std::vector<Row> rows;
     std::vector<int64_t> order;  // rows, those of a prompt together
     std::vector<Group> groups;
-    bool large;                // pages come from slabs, not one by one
+    bool large;  // pages come from slabs, not one by one
     std::vector<Large> slabs;
     std::vector<float*> free_pages;
     std::vector<float> room;  // activations

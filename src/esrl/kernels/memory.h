@@ -27,17 +27,26 @@ class Kept {
     std::vector<Region> regions;
 
    public:
-    // The smallest region that is there for so much, and not for more than twice as much.
+    // The smallest region that is there for so much, and not for more than twice as much. Without one, those that are too
+    // small by less than half go back: batches that grow would otherwise leave all their predecessors' memory behind.
     Region take(size_t bytes) {
         const std::lock_guard<std::mutex> guard(lock);
         Region* best = nullptr;
         for (Region& region : regions)
             if (region.bytes >= bytes && region.bytes / 2 <= bytes && (!best || region.bytes < best->bytes)) best = &region;
-        if (!best) return {};
-        const Region taken = *best;
-        *best = regions.back();
-        regions.pop_back();
-        return taken;
+        if (best) {
+            const Region taken = *best;
+            *best = regions.back();
+            regions.pop_back();
+            return taken;
+        }
+        for (size_t i = regions.size(); i-- > 0;)
+            if (regions[i].bytes < bytes && regions[i].bytes > bytes / 2) {
+                munmap(regions[i].mapped, regions[i].bytes);
+                regions[i] = regions.back();
+                regions.pop_back();
+            }
+        return {};
     }
     void give(Region region) noexcept {
         const std::lock_guard<std::mutex> guard(lock);

@@ -109,7 +109,7 @@ class Native:
         """
         handle = self.library.esrl_large(count)
         if not handle:
-            raise MemoryError(f"there is no memory for {count} numbers.")
+            raise MemoryError(f"there is no memory for {count} numbers; set a lower sampling.max_prompt_tokens.")
         numbers = (c_float * count).from_address(self.library.esrl_large_data(handle))
         weakref.finalize(numbers, self.library.esrl_large_free, handle)
         return torch.frombuffer(numbers, dtype=torch.float32)
