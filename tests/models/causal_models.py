@@ -217,7 +217,7 @@ def stage_one(frozen: Any, policy: CausalPolicy, prompts: Prompts, answers: Tens
     for position in range(inputs.shape[1]):
         if position in keep_at:
             local = torch.tensor([alive.tolist().index(row) for row in keep_at[position]])
-            decoder.keep(local)
+            decoder.keep(local.tolist())
             alive = alive[local]
         logits = frozen.projection.logits(decoder.step(inputs[alive, position]))
         seen |= {(row, position): logits[i] for i, row in enumerate(alive.tolist())}
@@ -240,7 +240,7 @@ def side_by_side(frozen: Any, policy: CausalPolicy, prompts: Prompts, answers: T
             position |= dict.fromkeys(begins[step], 0)
         if step in stays:
             kept = [[wave.index(row) for row in rows] for wave, rows in zip(waves, stays[step], strict=True)]
-            decoder.keep(*(torch.tensor(rows, dtype=torch.int64) for rows in kept))
+            decoder.keep(*kept)
             waves = [rows for rows in stays[step] if rows]
         rows = [row for wave in waves for row in wave]
         logits = frozen.projection.logits(decoder.step(torch.stack([inputs[row, position[row]] for row in rows])))

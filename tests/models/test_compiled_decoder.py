@@ -76,7 +76,7 @@ def test_rows_leave_and_others_begin(tokenizer, prompts):
 
     steps(0, 9)
     for decoder in (fast, slow):
-        decoder.keep(torch.tensor([0, 5, 2, 3]))
+        decoder.keep([0, 5, 2, 3])
     rows = 4
     steps(9, 3)
     fast.join(second, torch.tensor([1, 0, 0]))
@@ -84,11 +84,11 @@ def test_rows_leave_and_others_begin(tokenizer, prompts):
     rows = 7
     steps(12, 7)
     for decoder in (fast, slow):
-        decoder.keep(torch.tensor([3, 1]), torch.tensor([0, 2]))
+        decoder.keep([3, 1], [0, 2])
     rows = 4
     steps(19, 2)
     for decoder in (fast, slow):
-        decoder.keep(torch.tensor([], dtype=torch.int64), torch.tensor([1]))
+        decoder.keep([], [1])
     rows = 1
     gc.collect()  # the first wave's prompts are gone now
     steps(21, 10)

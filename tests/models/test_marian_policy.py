@@ -167,7 +167,7 @@ def cached_logits(policy: MarianPolicy, prompts: Prompts, index: torch.Tensor, i
     for position in range(inputs.shape[1]):
         if position in keep_at:
             local = torch.tensor([alive.tolist().index(row) for row in keep_at[position]])
-            decoder.keep(local)
+            decoder.keep(local.tolist())
             alive = alive[local]
         hidden = decoder.step(inputs[alive, position])
         seen |= {(row, position): hidden[i] for i, row in enumerate(alive.tolist())}
@@ -212,7 +212,7 @@ def test_waves_side_by_side_equal_the_parallel_forward(random64, prompts):
             position |= dict.fromkeys(begins[step], 0)
         if step in stays:
             kept = [[wave.index(row) for row in rows] for wave, rows in zip(waves, stays[step], strict=True)]
-            decoder.keep(*(torch.tensor(rows, dtype=torch.int64) for rows in kept))
+            decoder.keep(*kept)
             waves = [rows for rows in stays[step] if rows]
         rows = [row for wave in waves for row in wave]
         hidden = decoder.step(torch.stack([inputs[row, position[row]] for row in rows]))

@@ -1,16 +1,19 @@
 """Linear layers with a gradient, in the compiled kernels or in oneDNN where PyTorch takes MKL.
 
-On CPUs PyTorch sends products in float32 to MKL. On processors with AVX-512 the compiled kernels are up to twice as
-fast at the sizes of both stages, for the result and for both gradients, on weights as they are. Where there are none,
-oneDNN is so for the result and the input's gradient. With AVX2 alone MKL is as fast (docs/performance.md).
+On CPUs PyTorch sends products in float32 to MKL. On AMD's processors with AVX-512, of which MKL uses AVX2 alone, the
+compiled kernels are up to twice as fast at the sizes of both stages, for the result and for both gradients, on weights
+as they are. Where there are none, oneDNN is so for the result and the input's gradient. On Intel's processors, and with
+AVX2 alone on any, MKL is as fast or faster (docs/performance.md).
 """
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,7 +51,18 @@ def accumulating() -> Iterator[None]:
 @cache
 def faster_here() -> bool:
     """Whether other products than PyTorch's are the faster ones on this processor."""
-    return not (torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2")
+    if not torch.backends.mkl.is_available():
+        return True
+    return torch.backends.cpu.get_cpu_capability() != "AVX2" and not _is_intels()
+
+
+def _is_intels() -> bool:
+    """Whether the processor is one of Intel's, for which MKL uses all that it has."""
+    try:
+        described = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux
+        described = platform.processor()
+    return "GenuineIntel" in described
 
 
 def other_layers() -> bool:

@@ -86,9 +86,10 @@ static void encode(const Encoder& encoder, const Sources& sources, int64_t first
                       load(encoder.positions + sources.positions[begin + r] * width + i));
     for (int64_t l = 0; l < encoder.num_layers; l++) {
         const EncoderLayer& layer = encoder.layers[l];
-        linear(layer.query, hidden, count, query, nullptr, team);
-        linear(layer.key, hidden, count, key, nullptr, team);
-        linear(layer.value, hidden, count, value, nullptr, team);
+        const Linear* next = l + 1 < encoder.num_layers ? &encoder.layers[l + 1].query : encoder.keys;
+        linear(layer.query, hidden, count, query, nullptr, team, &layer.key);
+        linear(layer.key, hidden, count, key, nullptr, team, &layer.value);
+        linear(layer.value, hidden, count, value, nullptr, team, &layer.mixed);
 #pragma omp barrier
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < (last - first) * encoder.heads; task++) {
@@ -97,16 +98,17 @@ static void encode(const Encoder& encoder, const Sources& sources, int64_t first
             attend_all({query.row(row) + at, wide}, {key.row(row) + at, wide}, {value.row(row) + at, wide}, n, each, own,
                        {mixed.row(row) + at, narrow});
         }
-        linear(layer.mixed, mixed, count, hidden, &hidden, team);
+        linear(layer.mixed, mixed, count, hidden, &hidden, team, &layer.inner);
         norm(layer.norm);
-        linear(layer.inner, hidden, count, inner, nullptr, team);
+        linear(layer.inner, hidden, count, inner, nullptr, team, &layer.outer);
 #pragma omp barrier
-        linear(layer.outer, inner, count, hidden, &hidden, team);
+        linear(layer.outer, inner, count, hidden, &hidden, team, next);
         norm(layer.final_norm);
     }
     for (int64_t l = 0; l < encoder.num_readers; l++) {
-        linear(encoder.keys[l], hidden, count, key, nullptr, team);
-        linear(encoder.values[l], hidden, count, value, nullptr, team);
+        linear(encoder.keys[l], hidden, count, key, nullptr, team, &encoder.values[l]);
+        linear(encoder.values[l], hidden, count, value, nullptr, team,
+               l + 1 < encoder.num_readers ? &encoder.keys[l + 1] : nullptr);
 #pragma omp barrier
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < (last - first) * encoder.heads; task++) {

@@ -58,12 +58,14 @@ struct Block {
     int64_t inputs;
     int64_t there;  // outputs, BLOCK at most
     int64_t activation;
+    const float* next = nullptr;  // what is read next: fetched while this is computed,
+    int64_t step = 0;             // so many numbers for each input
 };
 
 template <int M>
 static void tile(const Block& b, Rows x, Rows out, const float* residual, int64_t stride) {
     vec sum[M][WIDE] = {};
-    const float* w = b.weight;
+    const float *w = b.weight, *next = b.next;
     for (int64_t from = 0; from < b.inputs; from += CHAIN) {
         vec part[M][WIDE] = {};
         const int64_t to = std::min(b.inputs, from + CHAIN);
@@ -72,6 +74,11 @@ static void tile(const Block& b, Rows x, Rows out, const float* residual, int64_
             vec weight[WIDE];
 #pragma GCC unroll 8
             for (int n = 0; n < BLOCK; n += LINE) __builtin_prefetch(w + AHEAD * BLOCK + n);
+            if (b.step) {
+                __builtin_prefetch(next, 0, 2);
+                if (b.step > LINE) __builtin_prefetch(next + LINE, 0, 2);
+                next += b.step;
+            }
 #pragma GCC unroll 8
             for (int n = 0; n < WIDE; n++) weight[n] = in_register(load(w + n * W));
 #pragma GCC unroll 16
@@ -109,8 +116,17 @@ static inline void any_tile(int64_t m, const Block& b, Rows x, Rows out, const f
     if constexpr (M > 1) any_tile<M - 1>(m, b, x, out, residual, stride);
 }
 
+// Where a thread's part of a layer begins.
+static const float* first_block(const Linear& l, Team team) {
+    return l.weight + team.begin((l.outputs + BLOCK - 1) / BLOCK) * BLOCK * l.inputs;
+}
+
 // out = activation(x W' + b) [+ residual]: this thread's part. `residual` may be where `out` is.
-static void linear(const Linear& l, Rows x, int64_t rows, Rows out, const Rows* residual, Team team) {
+//
+// While a block is computed the next one is on its way to the caches, after the last one that of the layer `after`:
+// memory is then read evenly, not only while the first tile goes past new weights.
+static void linear(const Linear& l, Rows x, int64_t rows, Rows out, const Rows* residual, Team team,
+                   const Linear* after = nullptr) {
     const int64_t blocks = (l.outputs + BLOCK - 1) / BLOCK, tiles = (rows + TILE - 1) / TILE;
     if (!tiles) return;
     // so many tiles at a time that their numbers stay near while a thread goes through its blocks
@@ -119,15 +135,23 @@ static void linear(const Linear& l, Rows x, int64_t rows, Rows out, const Rows* 
     const int64_t groups = std::min(tiles, std::max<int64_t>(1, 4 * team.size / blocks));
     for (int64_t part = 0; part < parts; part++) {
         const int64_t from = tiles * part / parts, here = tiles * (part + 1) / parts - from;
-        const int64_t divided = std::min(groups, here);
-        for (int64_t task = team.begin(blocks * divided); task < team.end(blocks * divided); task++) {
+        const int64_t divided = std::min(groups, here), last = team.end(blocks * divided);
+        for (int64_t task = team.begin(blocks * divided); task < last; task++) {
             const int64_t column = task / divided * BLOCK, group = task % divided;
-            const Block block{l.weight + column * l.inputs, l.bias + column, l.inputs,
-                              std::min<int64_t>(BLOCK, l.outputs - column), l.activation};
-            for (int64_t i = from + here * group / divided; i < from + here * (group + 1) / divided; i++) {
-                const int64_t begin = rows * i / tiles, end = rows * (i + 1) / tiles;
-                const float* add = residual ? residual->row(begin) + column : nullptr;
-                any_tile<TILE>(end - begin, block, {x.row(begin), x.stride}, {out.row(begin) + column, out.stride}, add,
+            Block block{l.weight + column * l.inputs, l.bias + column, l.inputs,
+                        std::min<int64_t>(BLOCK, l.outputs - column), l.activation};
+            const int64_t begin = from + here * group / divided, end = from + here * (group + 1) / divided;
+            if (task + 1 < last)
+                block.next = l.weight + (task + 1) / divided * BLOCK * l.inputs;
+            else if (part + 1 < parts)
+                block.next = first_block(l, team);
+            else if (after)
+                block.next = first_block(*after, team);
+            block.step = block.next && block.next != block.weight ? (BLOCK + end - begin - 1) / (end - begin) : 0;
+            for (int64_t i = begin; i < end; i++, block.next += block.step * l.inputs) {
+                const int64_t row = rows * i / tiles, count = rows * (i + 1) / tiles - row;
+                const float* add = residual ? residual->row(row) + column : nullptr;
+                any_tile<TILE>(count, block, {x.row(row), x.stride}, {out.row(row) + column, out.stride}, add,
                                residual ? residual->stride : 0);
             }
         }

@@ -219,9 +219,10 @@ static void layers(Decoder& decoder, const int64_t* tokens, Rows hidden, Rows pr
                                          load(model.positions + decoder.rows[r].position * width + i));
     for (int64_t l = 0; l < model.num_layers; l++) {
         const Layer& layer = model.layers[l];
-        linear(layer.query, hidden, count, query, nullptr, team);
-        linear(layer.key, hidden, count, key, nullptr, team);
-        linear(layer.value, hidden, count, value, nullptr, team);
+        const Linear* next = l + 1 < model.num_layers ? &model.layers[l + 1].query : nullptr;
+        linear(layer.query, hidden, count, query, nullptr, team, &layer.key);
+        linear(layer.key, hidden, count, key, nullptr, team, &layer.value);
+        linear(layer.value, hidden, count, value, nullptr, team, &layer.mixed);
 #pragma omp barrier
 #pragma omp for schedule(dynamic, 4)
         for (int64_t r = 0; r < count; r++) {
@@ -231,18 +232,18 @@ static void layers(Decoder& decoder, const int64_t* tokens, Rows hidden, Rows pr
             std::memcpy(place + PAGE * width, value.row(r), width * sizeof(float));
             self_attention<V>(model, row, l, query.row(r), scores.data(), sums.data(), mixed.row(r));
         }
-        linear(layer.mixed, mixed, count, hidden, &hidden, team);
+        linear(layer.mixed, mixed, count, hidden, &hidden, team, &layer.cross_query);
         norm(layer.norm);
-        linear(layer.cross_query, hidden, count, query, nullptr, team);
+        linear(layer.cross_query, hidden, count, query, nullptr, team, &layer.cross_mixed);
 #pragma omp barrier
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < groups * model.heads; task++)
             cross_attention<V>(decoder, decoder.groups[task / model.heads], l, task % model.heads, query, mixed, scores);
-        linear(layer.cross_mixed, mixed, count, hidden, &hidden, team);
+        linear(layer.cross_mixed, mixed, count, hidden, &hidden, team, &layer.inner);
         norm(layer.cross_norm);
-        linear(layer.inner, hidden, count, inner, nullptr, team);
+        linear(layer.inner, hidden, count, inner, nullptr, team, &layer.outer);
 #pragma omp barrier
-        linear(layer.outer, inner, count, hidden, &hidden, team);
+        linear(layer.outer, inner, count, hidden, &hidden, team, next);
         norm(layer.final_norm);
     }
 }

@@ -7,7 +7,7 @@ of a prompt, never copied per sample.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,7 +158,7 @@ class CachedDecoder:
         self.waves.advance()
         return hidden
 
-    def keep(self, *rows: Tensor) -> None:
+    def keep(self, *rows: Sequence[int]) -> None:
         """Go on with these rows of each wave, in this order."""
         self.waves.keep(*rows)
 

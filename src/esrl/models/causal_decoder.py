@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ class CausalDecoder:
         hidden: Tensor = output.last_hidden_state[:, 0]
         return hidden
 
-    def keep(self, *rows: Tensor) -> None:
+    def keep(self, *rows: Sequence[int]) -> None:
         self.waves.keep(*rows)
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:

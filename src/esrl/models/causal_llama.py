@@ -6,7 +6,7 @@ keys or none. The generic decoder (``causal_decoder``) is its slow twin.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,7 +125,7 @@ class LlamaDecoder:
         waves.advance()
         return weights.norm(hidden)
 
-    def keep(self, *rows: Tensor) -> None:
+    def keep(self, *rows: Sequence[int]) -> None:
         self.waves.keep(*rows)
 
     def _attention(self, i: int, layer: _Layer, projected: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

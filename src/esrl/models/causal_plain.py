@@ -7,7 +7,7 @@ Stage one runs a row anew for each of its tokens, and stage two runs a prompt fo
 
 from __future__ import annotations
 
-from itertools import accumulate
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from esrl.models.causal import CausalPolicy
 from esrl.models.causal_support import CannotShareError, fault_of, longest_sequence, refused
 from esrl.models.linear import FrozenProjection
-from esrl.models.policy import BatchSizes, FrozenDecoder, PromptState
+from esrl.models.policy import BatchSizes, FrozenDecoder, PromptState, behind_each_other
 from esrl.models.precision import in_precision
 from esrl.types import Prompts
 
@@ -132,10 +132,9 @@ class PlainDecoder:
         self.lengths = self.lengths + 1
         return torch.cat([self._last_states(part, place) for part in rows.split(max(1, _STEP_TOKENS // width))])
 
-    def keep(self, *rows: Tensor) -> None:
+    def keep(self, *rows: Sequence[int]) -> None:
         """Go on with these rows of each wave, in this order; a wave without any is gone."""
-        starts = accumulate(self.sizes[:-1], initial=0)
-        left = torch.cat([own.to(self.lengths.device) + start for own, start in zip(rows, starts, strict=True)])
+        left = torch.tensor(behind_each_other(rows, self.sizes), dtype=torch.int64, device=self.lengths.device)
         self.tokens, self.lengths = self.tokens[left], self.lengths[left]
         self.sizes = [len(own) for own in rows if len(own)]
 

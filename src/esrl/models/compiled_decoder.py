@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, addressof, c_double, c_int64, c_void_p
 from typing import Any
 
@@ -14,7 +15,7 @@ from esrl.kernels import Native
 from esrl.kernels.native import LARGE, LinearStruct
 from esrl.models.compiled import LaidOutWeights, NormStruct, activation
 from esrl.models.linear import FrozenProjection
-from esrl.models.policy import BatchSizes, PromptState
+from esrl.models.policy import BatchSizes, PromptState, behind_each_other
 
 _LINEARS = ("query", "key", "value", "mixed", "cross_query", "cross_mixed", "inner", "outer")
 _NORMS = ("norm", "cross_norm", "final_norm")
@@ -144,10 +145,9 @@ class CompiledDecoder:
         self._check(self._library.esrl_step(self._handle, tokens.data_ptr(), states.data_ptr(), states.stride(0)))
         return states[:, :width]
 
-    def keep(self, *rows: Tensor) -> None:
+    def keep(self, *rows: Sequence[int]) -> None:
         """Go on with these rows of each wave, in this order."""
-        starts = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
-        kept = torch.cat([part + start for part, start in zip(rows, starts, strict=True)])
+        kept = torch.tensor(behind_each_other(rows, self.sizes), dtype=torch.int64)
         self._check(self._library.esrl_keep(self._handle, kept.data_ptr(), len(kept)))
         self.states = [state for state, part in zip(self.states, rows, strict=True) if len(part)]
         self.sizes = [len(part) for part in rows if len(part)]

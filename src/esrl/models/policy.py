@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal, Protocol
 
 import torch
@@ -73,9 +75,15 @@ class Decoder(Protocol):
         """(R,) last tokens -> (R, D) states for the next ones; the caches grow by one position."""
         ...
 
-    def keep(self, *rows: Tensor) -> None:
-        """Go on with these rows (int64) of each wave in this order; cheap where most of them stay where they are."""
+    def keep(self, *rows: Sequence[int]) -> None:
+        """Go on with these rows of each wave, in this order; cheap where most of them stay where they are."""
         ...
+
+
+def behind_each_other(rows: Sequence[Sequence[int]], sizes: Sequence[int]) -> list[int]:
+    """Rows of each wave -> rows of the batch, in which waves of these sizes follow each other."""
+    starts = accumulate(sizes[:-1], initial=0)
+    return [row + start for own, start in zip(rows, starts, strict=True) for row in own]
 
 
 class FrozenDecoder(Protocol):

@@ -6,7 +6,7 @@ linear layers see all their rows at once, attention goes wave by wave.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -103,11 +103,11 @@ class Waves(Generic[AnyWave]):
         self.waves.append(wave)
         self._count()
 
-    def keep(self, *rows: Tensor) -> None:
+    def keep(self, *rows: Sequence[int]) -> None:
         """Go on with these rows of each wave, in this order; a wave without any is gone."""
         for wave, kept in zip(self.waves, rows, strict=True):
-            if len(kept) and not torch.equal(kept, torch.arange(wave.cache.rows, device=kept.device)):
-                wave.keep(kept)
+            if kept and list(kept) != list(range(wave.cache.rows)):
+                wave.keep(torch.tensor(kept, device=wave.cache.device))
         self.waves = [wave for wave, kept in zip(self.waves, rows, strict=True) if len(kept)]
         self._count()
 

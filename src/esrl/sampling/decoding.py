@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from esrl.models.policy import BatchSizes, Decoder, FrozenDecoder, PromptState
+from esrl.models.policy import BatchSizes, Decoder, FrozenDecoder, PromptState, behind_each_other
 from esrl.sampling.draw import Drawn, Temperature, draw_tokens
 
 
@@ -185,16 +185,16 @@ class Decoding:
         """Take rows that have ended out of the batch, if they are many, or their wave is at the end of its steps."""
         assert self.decoder is not None
         over = [wave.position == self.steps for wave in self.waves]
-        size = batch_size(len(self.done) - int(self.done.sum()), self.pace.batch_sizes)
-        few = size > (1 - self.pace.compaction_share) * len(self.done) or size >= len(self.done)
+        done = self.done.tolist()  # lists: a hundred rows are not worth a dozen operations on tensors for each wave
+        size = batch_size(done.count(False), self.pace.batch_sizes)
+        few = size > (1 - self.pace.compaction_share) * len(done) or size >= len(done)
         if few and not over[0]:
             return
         sizes = [wave.size for wave in self.waves]
-        kept = survivors(self.done, sizes, over, size)
+        kept = survivors(done, sizes, over, size)
         self.decoder.keep(*kept)
         self.output.flush(self.alive, self.positions)
-        starts = torch.tensor([0, *sizes[:-1]]).cumsum(0).tolist()
-        left = torch.cat([rows + start for rows, start in zip(kept, starts, strict=True)])
+        left = torch.tensor(behind_each_other(kept, sizes), dtype=torch.int64, device=self.device)
         self.alive, self.positions, self.tokens = self.alive[left], self.positions[left], self.tokens[left]
         self.limits, self.done, self.temperature = self.limits[left], self.done[left], self.temperature.rows(left)
         for wave, rows in zip(self.waves, kept, strict=True):
@@ -210,23 +210,22 @@ def batch_size(rows: int, sizes: BatchSizes) -> int:
     return -(-rows // step) * step
 
 
-def survivors(done: Tensor, sizes: list[int], over: list[bool], size: int) -> list[Tensor]:
+def survivors(done: list[bool], sizes: list[int], over: list[bool], size: int) -> list[list[int]]:
     """Rows of each wave with all that have not ended; some that have fill them up to ``size`` altogether, if there are.
 
     Args:
         done: (A,) which rows have ended; sizes: of the waves, which follow each other.
         over: waves at the end of their steps: none of their rows may stay.
     """
-    flags = done.tolist()  # lists: a hundred rows are not worth a dozen operations on tensors for each wave
     ends = list(itertools.accumulate(sizes))
-    parts = [flags[end - length : end] for end, length in zip(ends, sizes, strict=True)]
+    parts = [done[end - length : end] for end, length in zip(ends, sizes, strict=True)]
     counts = [part.count(False) for part in parts]
     spare = size - sum(counts)
     kept = []
     for part, count, end in zip(reversed(parts), reversed(counts), reversed(over), strict=True):
         more = 0 if end or not count else min(spare, len(part) - count)
         spare -= more
-        kept.append(torch.tensor(_survivors(part, count + more), dtype=torch.int64, device=done.device))
+        kept.append(_survivors(part, count + more))
     return kept[::-1]
 
 

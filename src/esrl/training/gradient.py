@@ -39,7 +39,7 @@ class GradientConfig:
     ablation without two stages)."""
     micro_batch_tokens: int | None = None
     """Target tokens in one micro-batch, padding included where it is computed; halved when memory runs out. Unset:
-    16,384 on CUDA; on CPUs 131,072 divided by the model's width, but 256 at least."""
+    16,384 on CUDA; on CPUs 131,072 divided by the model's width, but 384 at least."""
     max_prompt_tokens: int | None = None
     """Source tokens, padding included, whose encoder graph is held at a time. Unset: 2,048 on CPUs, 65,536 on CUDA."""
     max_logits: int = MAX_LOGITS
@@ -77,7 +77,7 @@ class StageTwo:
         self.config = config
         cuda = policy.device.type == "cuda"
         # narrow models need less memory for a token, and more tokens to be worth an operation's start
-        few = max(1 << 8, (1 << 17) // policy.projection().weight.shape[1])
+        few = max(3 << 7, (1 << 17) // policy.projection().weight.shape[1])
         self.micro_batch_tokens = config.micro_batch_tokens or (1 << 14 if cuda else few)
         self.max_prompt_tokens = config.max_prompt_tokens or (1 << 16 if cuda else 1 << 11)
 
