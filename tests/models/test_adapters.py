@@ -175,6 +175,7 @@ def test_quantized_layers_run_as_they_are(on_top, tokenizer):
                 setattr(block, name, ByteLinear(part))
     if on_top:
         policy = adapted(policy)
+        policy.model.double()  # PEFT makes float32 of bytes, whose sums depend on the batch with some libraries
     prompts, answers = make_prompts(LENGTHS), random_answers(len(PROMPT_INDEX), 9)
     inputs = causal_inputs(policy, prompts, PROMPT_INDEX, answers)
     frozen = policy.frozen_decoder()
