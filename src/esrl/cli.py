@@ -163,6 +163,7 @@ def _parse(cls: type[Any], program: str, words: list[str], default: Any = None) 
     """Flags to a configuration; what tyro says of a wrong one in a box becomes one line."""
     import tyro
 
+    _check_repeated(words)
     options = {} if default is None else {"default": default}
     said = io.StringIO()
     try:
@@ -174,6 +175,14 @@ def _parse(cls: type[Any], program: str, words: list[str], default: Any = None) 
     message, near = _unboxed(said.getvalue())
     hint = f" Did you mean {near}?" if near else f" `{program.split(' [')[0]} --help` lists the flags."
     raise ValueError(f"{message.rstrip('.')}.{hint}")
+
+
+def _check_repeated(words: list[str]) -> None:
+    """A flag that is given twice would silently count once, with the last values."""
+    flags = [word.split("=")[0].replace("_", "-") for word in words if re.match("--[a-z]", word)]
+    for flag in flags:
+        if flags.count(flag) > 1:
+            raise ValueError(f"{flag} is given {flags.count(flag)} times. Give it once; several values go behind it.")
 
 
 def _unboxed(box: str) -> tuple[str, str | None]:

@@ -120,28 +120,10 @@ def test_suppressed_tokens_stay_impossible(calls):
 )
 def test_where_others_are_faster_than_mkl(processor, intels, mkl, faster, calls, monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(products, "_is_intels", lambda: intels)
+    monkeypatch.setattr(products, "is_intels", lambda: intels)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
     assert products.faster_here.__wrapped__() == faster
-
-
-@pytest.mark.parametrize(
-    ("described", "intels"), [("vendor_id\t: GenuineIntel\n", True), ("vendor_id\t: AuthenticAMD\n", False)]
-)
-def test_whose_processor_it_is(described, intels, monkeypatch):
-    def described_so(*_, **__):
-        return described
-
-    monkeypatch.setattr(products.Path, "read_text", described_so)
-    assert products._is_intels() == intels
-
-    def nowhere(*_, **__):
-        raise FileNotFoundError
-
-    monkeypatch.setattr(products.Path, "read_text", nowhere)
-    monkeypatch.setattr(products.platform, "processor", lambda: f"Family 6 Model 167, {described}")
-    assert products._is_intels() == intels
 
 
 def test_where_mkl_is_faster_pytorch_is_left_alone(calls, monkeypatch):

@@ -8,12 +8,10 @@ AVX2 alone on any, MKL is as fast or faster (docs/performance.md).
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from esrl.kernels import kernels
+from esrl.kernels.processor import is_intels
 
 MIN_WEIGHTS = 1 << 16
 """Smaller weights (below 256 x 256) are not worth a kernel of their own."""
@@ -53,16 +52,7 @@ def faster_here() -> bool:
     """Whether other products than PyTorch's are the faster ones on this processor."""
     if not torch.backends.mkl.is_available():
         return True
-    return torch.backends.cpu.get_cpu_capability() != "AVX2" and not _is_intels()
-
-
-def _is_intels() -> bool:
-    """Whether the processor is one of Intel's, for which MKL uses all that it has."""
-    try:
-        described = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:  # not Linux
-        described = platform.processor()
-    return "GenuineIntel" in described
+    return torch.backends.cpu.get_cpu_capability() != "AVX2" and not is_intels()
 
 
 def other_layers() -> bool:

@@ -24,7 +24,8 @@ def run_command(config: BenchmarkConfig) -> int:
     JSON object.
     """
     progress = Console(stderr=True)
-    with progress.status("benchmark") as status:
+    # every picture of the spinner takes time from what is measured
+    with progress.status("benchmark", refresh_per_second=1) as status:
         result = benchmark(config, lambda message: status.update(escape(message)))
     show(result, Console(stderr=config.json))
     if config.json:

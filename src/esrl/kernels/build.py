@@ -16,10 +16,14 @@ from pathlib import Path
 
 import torch
 
+from esrl.kernels.processor import is_intels
+
 SOURCES = Path(__file__).parent
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC"),
     *(("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()),
+    # faster on Intel's; on AMD's something like it was slower with few rows (docs/performance.md)
+    *(("-DESRL_FETCH_NEXT",) if is_intels() else ()),
 )
 SECONDS = 300
 """Longest time for a compiler to take; it needs about five."""

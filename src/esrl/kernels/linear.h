@@ -18,6 +18,13 @@ constexpr int LINE = 16;                    // numbers of a cache line
 constexpr int AHEAD = 64;                  // inputs that the prefetch runs ahead
 constexpr int64_t CHAIN = 128;             // inputs summed in one chain; chains are added up: that is more exact
 
+// Whether the next block of weights is fetched while one is computed: where that was measured to be faster.
+#if defined(ESRL_FETCH_NEXT) && defined(__AVX512F__)
+constexpr bool FETCH_NEXT = true;
+#else
+constexpr bool FETCH_NEXT = false;
+#endif
+
 constexpr int64_t NEAR = 48 << 10;         // numbers of rows that stay in a core's cache beside the weights
 
 enum Activation : int64_t { NONE = 0, RELU = 1, SILU = 2 };
@@ -74,7 +81,7 @@ static void tile(const Block& b, Rows x, Rows out, const float* residual, int64_
             vec weight[WIDE];
 #pragma GCC unroll 8
             for (int n = 0; n < BLOCK; n += LINE) __builtin_prefetch(w + AHEAD * BLOCK + n);
-            if (b.step) {
+            if (FETCH_NEXT && b.step) {
                 __builtin_prefetch(next, 0, 2);
                 if (b.step > LINE) __builtin_prefetch(next + LINE, 0, 2);
                 next += b.step;
@@ -123,8 +130,8 @@ static const float* first_block(const Linear& l, Team team) {
 
 // out = activation(x W' + b) [+ residual]: this thread's part. `residual` may be where `out` is.
 //
-// While a block is computed the next one is on its way to the caches, after the last one that of the layer `after`:
-// memory is then read evenly, not only while the first tile goes past new weights.
+// With FETCH_NEXT, while a block is computed the next one is on its way to the caches, after the last one that of the
+// layer `after`: memory is then read evenly, not only while the first tile goes past new weights.
 static void linear(const Linear& l, Rows x, int64_t rows, Rows out, const Rows* residual, Team team,
                    const Linear* after = nullptr) {
     const int64_t blocks = (l.outputs + BLOCK - 1) / BLOCK, tiles = (rows + TILE - 1) / TILE;
