@@ -136,7 +136,10 @@ FLAGS = {
     ),
     "missing value": (["--seed"], "--seed"),
     "given twice": (["--seed", "1", "--seed=2"], "--seed is given 2 times. Give it once; several values go behind it."),
-    "given twice, spelt differently": (["--accept-changes", "a", "--accept_changes", "b"], "--accept-changes is given 2"),
+    "given twice, spelt apart": (
+        ["--accept-changes", "a", "--accept_changes", "b"],
+        "--accept-changes is given 2 times",
+    ),
     "missing data": (["--data.path", "nosuch.jsonl"], "nosuch.jsonl: no such file"),
     "missing model": (["--model", "nosuch"], "nosuch: no such folder."),
 }
