@@ -113,3 +113,9 @@ def test_they_can_be_turned_off(empty_cache, monkeypatch):
     monkeypatch.setenv("ESRL_KERNELS", "off")
     assert native.kernels() is None and native.why_not() == "ESRL_KERNELS is off"
     assert not empty_cache.exists()
+
+
+@pytest.mark.parametrize("intels", [True, False])
+def test_what_is_faster_on_intels_processors_is_for_them(intels, monkeypatch):
+    monkeypatch.setattr(build, "is_intels", lambda: intels)
+    assert ("-DESRL_FETCH_NEXT" in build._flags()) == intels

@@ -16,14 +16,12 @@ from pathlib import Path
 
 import torch
 
-from esrl.kernels.processor import is_intels
+from esrl.kernels.processor import facts, is_intels
 
 SOURCES = Path(__file__).parent
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC"),
     *(("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()),
-    # faster on Intel's; on AMD's something like it was slower with few rows (docs/performance.md)
-    *(("-DESRL_FETCH_NEXT",) if is_intels() else ()),
 )
 SECONDS = 300
 """Longest time for a compiler to take; it needs about five."""
@@ -41,7 +39,7 @@ def library() -> Path:
     """
     compiler = _compiler()
     threads = _openmp()
-    key = hashlib.sha256("\n".join([*FLAGS, _version(compiler), _processor(), str(threads)]).encode())
+    key = hashlib.sha256("\n".join([*_flags(), _version(compiler), _processor(), str(threads)]).encode())
     for source in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")]):
         key.update(source.read_bytes())
     name = f"kernels-{key.hexdigest()[:16]}.so"
@@ -53,12 +51,17 @@ def library() -> Path:
     return folder / name
 
 
+def _flags() -> list[str]:
+    """Intel's processors fetch the next block; on AMD's something like it was slower (docs/performance.md)."""
+    return [*FLAGS, "-DESRL_FETCH_NEXT"] if is_intels() else [*FLAGS]
+
+
 def _compile(compiler: str, threads: Path, to: Path) -> None:
     """In a file of its own first: other processes may be about to do the same."""
     with tempfile.TemporaryDirectory(dir=to.parent) as name:
         made = Path(name) / to.name
         objects = str(made.with_suffix(".o"))
-        _run([compiler, *FLAGS, "-c", str(SOURCES / "kernels.cpp"), "-o", objects])
+        _run([compiler, *_flags(), "-c", str(SOURCES / "kernels.cpp"), "-o", objects])
         # PyTorch's OpenMP itself, not the compiler's
         _run([compiler, "-shared", objects, str(threads), "-Wl,--no-undefined", "-o", str(made)])
         made.replace(to)
@@ -91,9 +94,7 @@ def _version(compiler: str) -> str:
 
 def _processor() -> str:
     """What ``-march=native`` depends on."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    kept = {line.split(":")[0].strip(): line for line in lines}
-    return "\n".join(kept.get(name, "") for name in ("model name", "flags", "Features"))
+    return "\n".join(facts().get(name, "") for name in ("model name", "flags", "Features"))
 
 
 def _openmp() -> Path:

@@ -66,7 +66,7 @@ struct Block {
     int64_t there;  // outputs, BLOCK at most
     int64_t activation;
     const float* next = nullptr;  // what is read next: fetched while this is computed,
-    int64_t step = 0;             // so many numbers for each input
+    int64_t step = 0;             // so many numbers for each input; 0: nothing
 };
 
 template <int M>
@@ -148,13 +148,15 @@ static void linear(const Linear& l, Rows x, int64_t rows, Rows out, const Rows* 
             Block block{l.weight + column * l.inputs, l.bias + column, l.inputs,
                         std::min<int64_t>(BLOCK, l.outputs - column), l.activation};
             const int64_t begin = from + here * group / divided, end = from + here * (group + 1) / divided;
-            if (task + 1 < last)
-                block.next = l.weight + (task + 1) / divided * BLOCK * l.inputs;
-            else if (part + 1 < parts)
-                block.next = first_block(l, team);
-            else if (after)
-                block.next = first_block(*after, team);
-            block.step = block.next && block.next != block.weight ? (BLOCK + end - begin - 1) / (end - begin) : 0;
+            if (FETCH_NEXT) {
+                if (task + 1 < last)
+                    block.next = l.weight + (task + 1) / divided * BLOCK * l.inputs;
+                else if (part + 1 < parts)
+                    block.next = first_block(l, team);
+                else if (after)
+                    block.next = first_block(*after, team);
+                if (block.next && block.next != block.weight) block.step = (BLOCK + end - begin - 1) / (end - begin);
+            }
             for (int64_t i = begin; i < end; i++, block.next += block.step * l.inputs) {
                 const int64_t row = rows * i / tiles, count = rows * (i + 1) / tiles - row;
                 const float* add = residual ? residual->row(row) + column : nullptr;

@@ -77,7 +77,7 @@ class StageTwo:
         self.config = config
         cuda = policy.device.type == "cuda"
         # narrow models need less memory for a token, and more tokens to be worth an operation's start
-        few = max(3 << 7, (1 << 17) // policy.projection().weight.shape[1])
+        few = max(384, (1 << 17) // policy.projection().weight.shape[1])
         self.micro_batch_tokens = config.micro_batch_tokens or (1 << 14 if cuda else few)
         self.max_prompt_tokens = config.max_prompt_tokens or (1 << 16 if cuda else 1 << 11)
 

@@ -18,6 +18,7 @@ import torch
 
 from esrl.errors import StorageError
 from esrl.kernels import why_not
+from esrl.kernels.processor import facts
 from esrl.training.checkpoint import Checkpoint, CheckpointStore, pack_json
 from esrl.training.lock import LOCK_NAME, RunLock
 from esrl.training.storage import (
@@ -220,11 +221,7 @@ def environment() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    return facts().get("model name", "") if facts() else platform.processor()
 
 
 def _commit() -> str | None:
