@@ -108,22 +108,28 @@ def test_suppressed_tokens_stay_impossible(calls):
 
 
 @pytest.mark.parametrize(
-    ("processor", "intels", "mkl", "faster"),
+    ("processor", "intels", "tiles", "mkl", "faster"),
     [
-        ("AVX2", False, True, False),
-        ("AVX2", True, True, False),
-        ("AVX2", False, False, True),
-        ("AVX512", False, True, True),
-        ("AVX512", True, True, False),
-        ("AVX512", True, False, True),
+        ("AVX2", False, False, True, False),
+        ("AVX2", True, False, True, False),
+        ("AVX2", False, False, False, True),
+        ("AVX512", False, False, True, True),
+        ("AVX512", True, False, True, False),
+        ("AVX512", True, True, True, True),
+        ("AVX512", True, False, False, True),
     ],
 )
-def test_where_others_are_faster_than_mkl(processor, intels, mkl, faster, calls, monkeypatch):
+def test_where_others_are_faster_than_mkl(processor, intels, tiles, mkl, faster, monkeypatch):
     monkeypatch.undo()
+    if (native := kernels()) is None:
+        pytest.skip(f"no compiled kernels: {why_not()}")
+    monkeypatch.setattr(native, "tiles", tiles)
     monkeypatch.setattr(products, "is_intels", lambda: intels)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
     assert products.faster_here.__wrapped__() == faster
+    monkeypatch.setattr(products, "kernels", lambda: None)
+    assert products.faster_here.__wrapped__() == (faster and not tiles)
 
 
 def test_where_mkl_is_faster_pytorch_is_left_alone(calls, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,12 +17,21 @@ from esrl.sampling.draw import Drawn, Temperature, draw_tokens
 RECORDS = ("entropy", "max_prob")
 
 
-@pytest.fixture(scope="module")
-def native() -> Native:
+@pytest.fixture(scope="module", params=["vectors", "tiles"])
+def native(request) -> Iterator[Native]:
     found = kernels()
     if found is None:
         pytest.skip(f"no compiled kernels: {why_not()}")
-    return found
+    tiles = request.param == "tiles"
+    if found.use_tiles(tiles) != tiles:
+        pytest.skip("this processor has no matrix unit for bfloat16")
+    yield found
+    found.use_tiles(True)
+
+
+def layer(native: Native, *args) -> LaidOut:
+    """In tiles where they are used."""
+    return LaidOut(native, *args, tiles=True)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -35,7 +45,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_a_linear_layer(native, rows, inputs, outputs):
     weight, bias, hidden = random(outputs, inputs), random(outputs, seed=1), random(rows, inputs, seed=2)
     exact = functional.linear(hidden.double(), weight.double(), bias.double())
-    found = LaidOut(native, weight, bias)(hidden)
+    found = layer(native, weight, bias)(hidden)
     # sums of size sqrt(inputs), up to four times that, in float32: PyTorch itself is off by 2e-6 * sqrt(inputs)
     torch.testing.assert_close(found.double(), exact, rtol=0, atol=2e-6 * (inputs**0.5 + 1))
 
@@ -60,6 +70,31 @@ def test_products_with_weights_as_they_are(native, rows, inputs, outputs):
     torch.testing.assert_close(total.double(), before + exact, **tolerance)
 
 
+# numbers whose products cancel, or are of very different sizes
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e15])
+def test_products_are_as_exact_as_pytorchs(native, size):
+    weight, hidden = random(96, 512), size * random(64, 512, seed=1) * 10 ** random(64, 512, seed=2)
+    weight[::2, 1::2] = weight[::2, ::2]
+    hidden[:, 1::2] = -hidden[:, ::2] * (1 + 1e-3 * random(64, 256, seed=3))
+    exact, among = hidden.double() @ weight.double().T, hidden.double().abs() @ weight.double().abs().T
+    found, plain = (
+        (product.double() - exact).abs() / among for product in (native.product(hidden, weight), hidden @ weight.T)
+    )
+    assert float(found.max()) < 3 * float(plain.max())
+    assert float(found.square().mean().sqrt()) < 2 * float(plain.square().mean().sqrt())
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_products_hide_nothing_that_is_not_finite(native, bad):
+    weight, hidden, gradient = random(40, 64), random(50, 64, seed=1), random(50, 40, seed=2)
+    hidden[7, 3] = gradient[7, 3] = bad
+    assert native.product(hidden, weight).isfinite().logical_not().nonzero()[:, 0].tolist() == [7] * 40
+    transposed = native.product(gradient, weight, transposed=True)
+    assert transposed.isfinite().logical_not().nonzero()[:, 0].tolist() == [7] * 64
+    wrong = native.weight_gradient(gradient, hidden).isfinite().logical_not().nonzero().tolist()
+    assert wrong == [[n, d] for n in range(40) for d in range(64) if n == 3 or d == 3]
+
+
 def test_products_of_parts_of_matrices(native):
     weight, hidden, gradient = random(90, 200)[:, 30:130], random(40, 150, seed=1)[:, :100], random(90, 40, seed=2).T
     there = (hidden.contiguous(), weight.contiguous())
@@ -75,7 +110,7 @@ def test_products_of_parts_of_matrices(native):
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 40])
 def test_products_do_not_depend_on_threads_or_other_rows_to_the_bit(native, threads):
-    weight, hidden, gradient = random(150, 1100), random(70, 1100, seed=1), random(70, 150, seed=2)
+    weight, hidden, gradient = random(450, 1100), random(70, 1100, seed=1), random(70, 450, seed=2)
     expected = native.product(hidden, weight), native.product(gradient, weight, transposed=True)
     of_weight = native.weight_gradient(gradient, hidden)
     before = torch.get_num_threads()
@@ -103,7 +138,7 @@ def test_operations_of_products_are_counted(native):
 def test_activation_then_residual(native, name, function):
     weight, hidden, residual = random(45, 64), 3 * random(20, 64, seed=1), random(20, 45, seed=2)
     before = residual.clone()
-    found = LaidOut(native, weight, None, name)(hidden, residual)
+    found = layer(native, weight, None, name)(hidden, residual)
     expected = function(hidden.double() @ weight.double().T) + residual
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=3e-5)
     assert torch.equal(residual, before)
@@ -111,7 +146,7 @@ def test_activation_then_residual(native, name, function):
 
 def test_silu_far_from_zero(native):
     hidden = torch.tensor([-1e4, -120.0, -87.5, -50.0, 0.0, 50.0, 120.0, 1e4])[:, None]
-    found = LaidOut(native, torch.ones(1, 1), None, "silu")(hidden)
+    found = layer(native, torch.ones(1, 1), None, "silu")(hidden)
     torch.testing.assert_close(found, functional.silu(hidden), rtol=1e-6, atol=1e-30)
 
 
@@ -119,12 +154,12 @@ def test_silu_far_from_zero(native):
 def test_what_is_not_a_number_is_not_hidden(native, name):
     hidden = random(3, 20)
     hidden[1, 4] = torch.nan
-    found = LaidOut(native, random(40, 20), None, name)(hidden)
+    found = layer(native, random(40, 20), None, name)(hidden)
     assert torch.isnan(found).all(1).tolist() == [False, True, False] == torch.isnan(found).any(1).tolist()
 
 
 def test_rows_that_lie_apart_and_more_dimensions(native):
-    linear = LaidOut(native, random(40, 30), random(40, seed=1))
+    linear = layer(native, random(40, 30), random(40, seed=1))
     wide = random(9, 64, seed=2)
     assert torch.equal(linear(wide[:, :30]), linear(wide[:, :30].contiguous()))
     assert torch.equal(linear(wide[:, ::2][:, :30]), linear(wide[:, ::2][:, :30].contiguous()))
@@ -134,7 +169,7 @@ def test_rows_that_lie_apart_and_more_dimensions(native):
 
 
 def test_a_row_does_not_depend_on_the_others_to_the_bit(native):
-    linear, hidden = LaidOut(native, random(100, 700), random(100, seed=1)), random(61, 700, seed=2)
+    linear, hidden = layer(native, random(100, 700), random(100, seed=1)), random(61, 700, seed=2)
     together = linear(hidden)
     for rows in (1, 2, 5, 11, 12, 13, 30):
         assert torch.equal(torch.cat([linear(part) for part in hidden.split(rows)]), together)
@@ -143,10 +178,10 @@ def test_a_row_does_not_depend_on_the_others_to_the_bit(native):
 @pytest.mark.parametrize("threads", [1, 2, 7])
 def test_nor_on_the_number_of_threads(native, threads):
     weight, hidden = random(100, 60), random(61, 60, seed=2)
-    expected, before = LaidOut(native, weight, None)(hidden), torch.get_num_threads()
+    expected, before = layer(native, weight, None)(hidden), torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        assert torch.equal(LaidOut(native, weight, None)(hidden), expected)
+        assert torch.equal(layer(native, weight, None)(hidden), expected)
     finally:
         torch.set_num_threads(before)
 

@@ -2,8 +2,9 @@
 
 On CPUs PyTorch sends products in float32 to MKL. On AMD's processors with AVX-512, of which MKL uses AVX2 alone, the
 compiled kernels are up to twice as fast at the sizes of both stages, for the result and for both gradients, on weights
-as they are. Where there are none, oneDNN is so for the result and the input's gradient. On Intel's processors, and with
-AVX2 alone on any, MKL is as fast or faster (docs/performance.md).
+as they are. Where there are none, oneDNN is so for the result and the input's gradient. On Intel's processors that have
+a matrix unit the kernels use it (``kernels/tiles.h``); on the others, and with AVX2 alone on any, MKL is as fast or
+faster (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -52,7 +53,10 @@ def faster_here() -> bool:
     """Whether other products than PyTorch's are the faster ones on this processor."""
     if not torch.backends.mkl.is_available():
         return True
-    return torch.backends.cpu.get_cpu_capability() != "AVX2" and not is_intels()
+    if is_intels():
+        native = kernels()
+        return native is not None and native.tiles
+    return torch.backends.cpu.get_cpu_capability() != "AVX2"
 
 
 def other_layers() -> bool:

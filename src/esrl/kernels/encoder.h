@@ -47,8 +47,8 @@ static void attend_all(Rows queries, Rows keys, Rows values, int64_t n, int64_t 
         for (int64_t i = 0; i < n; i++)
             for (int64_t j = 0; j < std::min<int64_t>(BLOCK, width - column); j += W)
                 store(&head.values[column * n + i * BLOCK + j], load(values.row(i) + column + j));
-    const Linear score{head.keys.data(), head.none.data(), width, n, NONE},
-        mix{head.values.data(), head.none.data(), n, width, NONE};
+    const Linear score{head.keys.data(), head.none.data(), width, n, NONE, false},
+        mix{head.values.data(), head.none.data(), n, width, NONE, false};
     const Rows scores{head.scores.data(), Head::filled(n) + 2 * W};
     for (int64_t q = 0; q < n; q += TOGETHER) {
         const int64_t count = std::min(TOGETHER, n - q);
@@ -68,6 +68,7 @@ static void encode(const Encoder& encoder, const Sources& sources, int64_t first
     const int64_t wide = 3 * width + W, narrow = width + W;
     const Rows hidden{room, narrow}, mixed{room + count * narrow, narrow}, query{room + 2 * count * narrow, wide},
         key{query.at + width, wide}, value{query.at + 2 * width, wide}, inner{query.at + count * wide, encoder.inner + W};
+    float* for_tiles = inner.at + count * inner.stride;
     const Team team;
     int64_t longest = 0;
     for (int64_t p = first; p < last; p++) longest = std::max(longest, sources.starts[p + 1] - sources.starts[p]);
@@ -87,9 +88,9 @@ static void encode(const Encoder& encoder, const Sources& sources, int64_t first
     for (int64_t l = 0; l < encoder.num_layers; l++) {
         const EncoderLayer& layer = encoder.layers[l];
         const Linear* next = l + 1 < encoder.num_layers ? &encoder.layers[l + 1].query : encoder.keys;
-        linear(layer.query, hidden, count, query, nullptr, team, &layer.key);
-        linear(layer.key, hidden, count, key, nullptr, team, &layer.value);
-        linear(layer.value, hidden, count, value, nullptr, team, &layer.mixed);
+        linear(layer.query, hidden, count, query, nullptr, team, &layer.key, for_tiles);
+        linear(layer.key, hidden, count, key, nullptr, team, &layer.value, for_tiles);
+        linear(layer.value, hidden, count, value, nullptr, team, &layer.mixed, for_tiles);
 #pragma omp barrier
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < (last - first) * encoder.heads; task++) {
@@ -98,17 +99,17 @@ static void encode(const Encoder& encoder, const Sources& sources, int64_t first
             attend_all({query.row(row) + at, wide}, {key.row(row) + at, wide}, {value.row(row) + at, wide}, n, each, own,
                        {mixed.row(row) + at, narrow});
         }
-        linear(layer.mixed, mixed, count, hidden, &hidden, team, &layer.inner);
+        linear(layer.mixed, mixed, count, hidden, &hidden, team, &layer.inner, for_tiles);
         norm(layer.norm);
-        linear(layer.inner, hidden, count, inner, nullptr, team, &layer.outer);
+        linear(layer.inner, hidden, count, inner, nullptr, team, &layer.outer, for_tiles);
 #pragma omp barrier
-        linear(layer.outer, inner, count, hidden, &hidden, team, next);
+        linear(layer.outer, inner, count, hidden, &hidden, team, next, for_tiles);
         norm(layer.final_norm);
     }
     for (int64_t l = 0; l < encoder.num_readers; l++) {
-        linear(encoder.keys[l], hidden, count, key, nullptr, team, &encoder.values[l]);
+        linear(encoder.keys[l], hidden, count, key, nullptr, team, &encoder.values[l], for_tiles);
         linear(encoder.values[l], hidden, count, value, nullptr, team,
-               l + 1 < encoder.num_readers ? &encoder.keys[l + 1] : nullptr);
+               l + 1 < encoder.num_readers ? &encoder.keys[l + 1] : nullptr, for_tiles);
 #pragma omp barrier
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < (last - first) * encoder.heads; task++) {

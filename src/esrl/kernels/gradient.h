@@ -47,13 +47,16 @@ static inline void any_gradient_tile(int64_t m, const float* g, const float* x, 
 }
 
 // Floats that `weight_gradient` needs.
-static int64_t gradient_room(int64_t rows, int64_t inputs) {
-    return std::min(rows, CHAINED) * ((inputs + BLOCK - 1) / BLOCK * BLOCK);
+static int64_t gradient_room(int64_t rows, int64_t inputs, int64_t threads) {
+    return tiles() ? threads * tiles_room(inputs, rows) : std::min(rows, CHAINED) * ((inputs + BLOCK - 1) / BLOCK * BLOCK);
 }
 
 // For all threads of a team together. gradient: rows of `outputs` numbers; out: rows of `inputs` numbers.
 static void weight_gradient(Rows gradient, Rows x, int64_t rows, int64_t outputs, int64_t inputs, Rows out, bool add,
                             float* room, Team team) {
+#ifdef ESRL_TILES
+    if (tiles()) return multiply_in_tiles({gradient, false}, {x, false}, outputs, rows, inputs, {out, add}, room, team);
+#endif
     const int64_t blocks = (inputs + BLOCK - 1) / BLOCK, tiles = (outputs + TILE - 1) / TILE;
     // equal shares; many threads divide the inputs, too
     const int64_t groups = std::min(tiles, (tiles + HELD * team.size - 1) / (HELD * team.size) * team.size);

@@ -44,11 +44,23 @@ void esrl_lay_out(float* weight, int64_t outputs, int64_t inputs, float* to, int
     lay_out({weight, inputs}, outputs, inputs, to, Team());
 }
 
-void esrl_linear(const Linear* l, float* x, int64_t x_stride, int64_t rows, float* residual, float* out, int64_t threads) {
+// From now on there are products in tiles, or not; gives whether there are, since not all processors have some. A layer
+// stays what it is.
+int64_t esrl_use_tiles(int64_t use) {
+    static const bool there = tiles();
+    return tiles() = there && use;
+}
+
+// Floats of the room that a product needs, and a weight's gradient.
+int64_t esrl_product_room(int64_t inputs, int64_t outputs, int64_t threads) { return threads * tiles_room(outputs, inputs); }
+int64_t esrl_gradient_room(int64_t rows, int64_t inputs, int64_t threads) { return gradient_room(rows, inputs, threads); }
+
+void esrl_linear(const Linear* l, float* x, int64_t x_stride, int64_t rows, float* residual, float* room, float* out,
+                 int64_t threads) {
     const Rows to{out, l->outputs}, add{residual, l->outputs};
     count(*l, rows);
 #pragma omp parallel num_threads(threads)
-    linear(*l, {x, x_stride}, rows, to, residual ? &add : nullptr, Team());
+    linear(*l, {x, x_stride}, rows, to, residual ? &add : nullptr, Team(), nullptr, room);
 }
 
 void esrl_draw(const Linear* projection, float* states, int64_t stride, int64_t rows, const float* tau,
@@ -60,23 +72,19 @@ void esrl_draw(const Linear* projection, float* states, int64_t stride, int64_t 
 
 // The weight as it is, (outputs, inputs) or, transposed, (inputs, outputs); out: (rows, outputs), contiguous.
 void esrl_product(float* weight, int64_t weight_stride, int64_t transposed, const float* bias, float* x, int64_t x_stride,
-                  int64_t rows, int64_t inputs, int64_t outputs, float* out, int64_t threads) {
+                  int64_t rows, int64_t inputs, int64_t outputs, float* room, float* out, int64_t threads) {
     operations += 2 * rows * outputs * inputs;
 #pragma omp parallel num_threads(threads)
-    product({weight, weight_stride}, transposed, bias, {x, x_stride}, rows, inputs, outputs, {out, outputs}, Team());
+    product({weight, weight_stride}, transposed, bias, {x, x_stride}, rows, inputs, outputs, {out, outputs}, room,
+            Team());
 }
 
-// (rows, outputs) and (rows, inputs) -> (outputs, inputs), contiguous. 0: no memory.
-int64_t esrl_weight_gradient(float* gradient, int64_t gradient_stride, float* x, int64_t x_stride, int64_t rows,
-                             int64_t outputs, int64_t inputs, float* out, int64_t add, int64_t threads) try {
-    std::vector<float> room(gradient_room(rows, inputs));
+// (rows, outputs) and (rows, inputs) -> (outputs, inputs), contiguous.
+void esrl_weight_gradient(float* gradient, int64_t gradient_stride, float* x, int64_t x_stride, int64_t rows, int64_t outputs,
+                          int64_t inputs, float* room, float* out, int64_t add, int64_t threads) {
     operations += 2 * rows * outputs * inputs;
 #pragma omp parallel num_threads(threads)
-    weight_gradient({gradient, gradient_stride}, {x, x_stride}, rows, outputs, inputs, {out, inputs}, add, room.data(),
-                    Team());
-    return 1;
-} catch (const std::bad_alloc&) {
-    return 0;
+    weight_gradient({gradient, gradient_stride}, {x, x_stride}, rows, outputs, inputs, {out, inputs}, add, room, Team());
 }
 
 int64_t esrl_room(int64_t outputs) { return (outputs + SUMMED - 1) / SUMMED * SUMMED + W; }
@@ -142,10 +150,12 @@ int64_t esrl_step(Decoder* decoder, const int64_t* tokens, float* out, int64_t s
 }
 
 // Numbers of the room that `esrl_encode` needs.
-int64_t esrl_encode_room(const Encoder* encoder, const Sources* sources) {
+int64_t esrl_encode_room(const Encoder* encoder, const Sources* sources, int64_t threads) {
     int64_t most = ENCODED;
     for (int64_t p = 0; p < sources->prompts; p++) most = std::max(most, sources->starts[p + 1] - sources->starts[p]);
-    return std::min(most, sources->starts[sources->prompts]) * (5 * encoder->width + encoder->inner + 4 * W);
+    const int64_t rows = std::min(most, sources->starts[sources->prompts]);
+    return rows * (5 * encoder->width + encoder->inner + 4 * W) +
+           threads * tiles_room(std::max(encoder->width, encoder->inner), std::max(encoder->width, encoder->inner));
 }
 
 // Prompts -> keys and values (P, H, S, d) for each reader, at the places of real tokens. 0: no memory.

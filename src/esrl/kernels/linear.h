@@ -3,18 +3,11 @@
 // A tile of at most TILE rows times BLOCK outputs stays in registers while the weights stream past once. Each output is
 // the sum of the same numbers in the same order however many rows there are: results do not depend on the batch.
 #pragma once
-#include <omp.h>
-
-#include <algorithm>
-
-#include "vectors.h"
+#include "tiles.h"
 
 namespace esrl {
 
-constexpr int WIDE = 2;                    // vectors of a block
-constexpr int BLOCK = WIDE * W;            // outputs of a block
 constexpr int TILE = W == 8 ? 6 : 12;      // rows of a tile: 24 sums of 32 registers (12 of 16 with AVX2)
-constexpr int LINE = 16;                    // numbers of a cache line
 constexpr int AHEAD = 64;                  // inputs that the prefetch runs ahead
 constexpr int64_t CHAIN = 128;             // inputs summed in one chain; chains are added up: that is more exact
 
@@ -27,37 +20,14 @@ constexpr bool FETCH_NEXT = false;
 
 constexpr int64_t NEAR = 48 << 10;         // numbers of rows that stay in a core's cache beside the weights
 
-enum Activation : int64_t { NONE = 0, RELU = 1, SILU = 2 };
-
 struct Linear {
     const float* weight;  // laid out
     const float* bias;    // filled up to whole blocks
     int64_t inputs, outputs;
     int64_t activation;
+    int64_t tiles;  // whether the product is in tiles: the weight is then as it is, not laid out
 };
 
-// Rows of a matrix, `stride` numbers apart.
-struct Rows {
-    float* at;
-    int64_t stride;
-    float* row(int64_t i) const { return at + i * stride; }
-};
-
-// What one thread of a team does of something that is done in equal parts.
-struct Team {
-    int64_t index = omp_get_thread_num(), size = omp_get_num_threads();
-    int64_t begin(int64_t n) const { return n * index / size; }
-    int64_t end(int64_t n) const { return n * (index + 1) / size; }
-};
-
-static inline vec activate(vec x, int64_t activation) {
-    if (activation == RELU) return x < 0 ? vec{} : x;  // what is not a number stays so
-    if (activation == SILU) {
-        const vec small = exp_negative(x < 0 ? x : -x);
-        return x * (x < 0 ? small : all(1)) / (1 + small);
-    }
-    return x;
-}
 
 // A block of a layer's outputs: its weights laid out, its bias if there is one.
 struct Block {
@@ -128,12 +98,12 @@ static const float* first_block(const Linear& l, Team team) {
     return l.weight + team.begin((l.outputs + BLOCK - 1) / BLOCK) * BLOCK * l.inputs;
 }
 
-// out = activation(x W' + b) [+ residual]: this thread's part. `residual` may be where `out` is.
+// `linear` in vectors: this thread's part.
 //
 // With FETCH_NEXT, while a block is computed the next one is on its way to the caches, after the last one that of the
 // layer `after`: memory is then read evenly, not only while the first tile goes past new weights.
-static void linear(const Linear& l, Rows x, int64_t rows, Rows out, const Rows* residual, Team team,
-                   const Linear* after = nullptr) {
+static void linear_in_vectors(const Linear& l, Rows x, int64_t rows, Rows out, const Rows* residual, Team team,
+                              const Linear* after) {
     const int64_t blocks = (l.outputs + BLOCK - 1) / BLOCK, tiles = (rows + TILE - 1) / TILE;
     if (!tiles) return;
     // so many tiles at a time that their numbers stay near while a thread goes through its blocks
@@ -165,6 +135,21 @@ static void linear(const Linear& l, Rows x, int64_t rows, Rows out, const Rows* 
             }
         }
     }
+}
+
+// out = activation(x W' + b) [+ residual]. For all threads of a team together. `residual` may be where `out` is if there is
+// no activation; `after` is the layer that comes next; `room` is for tiles.
+static void linear(const Linear& l, Rows x, int64_t rows, Rows out, const Rows* residual, Team team,
+                   const Linear* after = nullptr, float* room = nullptr) {
+#ifdef ESRL_TILES
+    if (l.tiles) {
+        const Factor weight{{const_cast<float*>(l.weight), l.inputs}, true};
+        return multiply_in_tiles({x, true}, weight, rows, l.inputs, l.outputs, {out, false, l.bias, residual, l.activation}, room,
+                                 team);
+    }
+#endif
+    (void)room;
+    linear_in_vectors(l, x, rows, out, residual, team, after && !after->tiles ? after : nullptr);
 }
 
 // (there, inputs) of a weight -> (inputs, BLOCK); columns that fill up the block are 0.

@@ -127,11 +127,6 @@ static inline float* layer_of(const Marian& model, float* page, int64_t layer) {
     return page + layer * 2 * PAGE * model.width;
 }
 
-// The first keys or values of a page, which come next, are fetched while others are read.
-static inline void fetch(const float* page, int64_t count) {
-    for (int64_t i = 0; i < count; i += LINE) __builtin_prefetch(page + i, 0, 2);
-}
-
 // A sum of values.
 template <int V>
 struct Sum {

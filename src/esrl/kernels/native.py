@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 import weakref
 from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int64, c_void_p
 from functools import cache
@@ -34,6 +35,7 @@ class LinearStruct(Structure):
         ("inputs", c_int64),
         ("outputs", c_int64),
         ("activation", c_int64),
+        ("tiles", c_int64),
     )
 
 
@@ -57,13 +59,16 @@ class Native:
             ("vector", integer, []),
             ("block", integer, []),
             ("operations", integer, []),
+            ("use_tiles", integer, [integer]),
+            ("product_room", integer, [integer] * 3),
+            ("gradient_room", integer, [integer] * 3),
             ("room", integer, [integer]),
             ("large", pointer, [integer]),
             ("large_data", pointer, [pointer]),
             ("large_free", None, [pointer]),
             ("release", integer, []),
             ("lay_out", None, [pointer, integer, integer, pointer, integer]),
-            ("linear", None, [POINTER(LinearStruct), pointer, integer, integer, pointer, pointer, integer]),
+            ("linear", None, [POINTER(LinearStruct), pointer, integer, integer, *[pointer] * 3, integer]),
             (
                 "draw",
                 None,
@@ -77,12 +82,12 @@ class Native:
             (
                 "product",
                 None,
-                [pointer, integer, integer, pointer, pointer, integer, *[integer] * 3, pointer, integer],
+                [pointer, integer, integer, pointer, pointer, integer, *[integer] * 3, pointer, pointer, integer],
             ),
             (
                 "weight_gradient",
-                integer,
-                [pointer, integer, pointer, integer, *[integer] * 3, pointer, integer, integer],
+                None,
+                [pointer, integer, pointer, integer, *[integer] * 3, pointer, pointer, integer, integer],
             ),
             ("decoder", pointer, [pointer, integer, integer]),
             ("free", None, [pointer]),
@@ -91,13 +96,35 @@ class Native:
             ("step", integer, [pointer, pointer, pointer, integer]),
             ("rouge_l", integer, [c_char_p, c_char_p, integer, pointer]),
             ("attention", integer, [pointer, integer, integer, integer]),
-            ("encode_room", integer, [pointer, pointer]),
+            ("encode_room", integer, [pointer, pointer, integer]),
             ("encode", integer, [pointer, pointer, pointer, pointer, pointer, integer]),
         ):
             function = getattr(self.library, f"esrl_{name}")
             function.restype, function.argtypes = result, arguments
+        self.tiles: bool = bool(self.library.esrl_use_tiles(True))
+        self._kept = threading.local()
         self.vector: int = self.library.esrl_vector()
         self.block: int = self.library.esrl_block()
+
+    def use_tiles(self, use: bool) -> bool:
+        """From now on products in float32 are on the processor's matrix unit, or not (``tiles.h``).
+
+        Returns:
+            Whether they are: not all processors have one. At first they are where there is one.
+        """
+        self.tiles = bool(self.library.esrl_use_tiles(use))
+        return self.tiles
+
+    def product_room(self, inputs: int, outputs: int) -> Tensor:
+        """What a product needs besides."""
+        return self._scratch(self.library.esrl_product_room(inputs, outputs, torch.get_num_threads()))
+
+    def _scratch(self, count: int) -> Tensor:
+        """Numbers that mean nothing later; the same memory for each call of a thread, since new memory costs time."""
+        kept: Tensor | None = getattr(self._kept, "room", None)
+        if kept is None or len(kept) < count:
+            self._kept.room = kept = torch.empty(count)
+        return kept
 
     def large(self, count: int) -> Tensor:
         """(count,) float32, whatever they are, for what is read again and again: in huge pages where there are some.
@@ -172,6 +199,7 @@ class Native:
         result = torch.empty(rows, outputs) if out is None else out
         hidden, weight = _rows(hidden), _rows(weight)
         bias = None if bias is None else bias.contiguous()
+        room = self.product_room(inputs, outputs)
         self.library.esrl_product(
             weight.data_ptr(),
             weight.stride(0),
@@ -180,6 +208,7 @@ class Native:
             hidden.data_ptr(),
             hidden.stride(0),
             *(rows, inputs, outputs),
+            room.data_ptr(),
             result.data_ptr(),
             torch.get_num_threads(),
         )
@@ -190,17 +219,19 @@ class Native:
         (rows, outputs), inputs = gradient.shape, hidden.shape[1]
         result = torch.empty(outputs, inputs) if out is None else out
         gradient, hidden = _rows(gradient), _rows(hidden)
-        if not self.library.esrl_weight_gradient(
+        threads = torch.get_num_threads()
+        room = self._scratch(self.library.esrl_gradient_room(rows, inputs, threads))
+        self.library.esrl_weight_gradient(
             gradient.data_ptr(),
             gradient.stride(0),
             hidden.data_ptr(),
             hidden.stride(0),
             *(rows, outputs, inputs),
+            room.data_ptr(),
             result.data_ptr(),
             out is not None,
-            torch.get_num_threads(),
-        ):
-            raise MemoryError(f"there is no memory for the gradient of {rows} rows of {inputs} numbers.")
+            threads,
+        )
         return result
 
     def rouge_l(self, completions: bytes, references: bytes, pairs: int) -> list[float]:
@@ -238,6 +269,8 @@ class LaidOut:
         weight: (N, D) float32 on the CPU; bias: (N,).
         activation: applied to the result; one of ``ACTIVATIONS``.
         arena: where the weight goes; without one it has memory of its own.
+        tiles: take the processor's matrix unit where there is one. The weight is then read as it is, which pays where
+            there are many rows, or where it stays in a cache.
     """
 
     def __init__(
@@ -247,22 +280,26 @@ class LaidOut:
         bias: Tensor | None,
         activation: str = "none",
         arena: Arena | None = None,
+        *,
+        tiles: bool = False,
     ) -> None:
         self.native = native
         self.outputs, self.inputs = weight.shape
         blocks = -(-self.outputs // native.block)
-        count = blocks * native.block * self.inputs
-        self._weight = torch.empty(count) if arena is None else arena.take(count)
         self._bias = torch.zeros(blocks * native.block)
         self._room: Tensor | None = None
         if bias is not None:
             self._bias[: self.outputs] = bias
-        weight = weight.contiguous()
-        native.library.esrl_lay_out(
-            weight.data_ptr(), self.outputs, self.inputs, self._weight.data_ptr(), torch.get_num_threads()
-        )
+        self._weight = weight.contiguous()
+        tiles = tiles and native.tiles
+        if not tiles:
+            weight, count = self._weight, blocks * native.block * self.inputs
+            self._weight = torch.empty(count) if arena is None else arena.take(count)
+            native.library.esrl_lay_out(
+                weight.data_ptr(), self.outputs, self.inputs, self._weight.data_ptr(), torch.get_num_threads()
+            )
         self.struct = LinearStruct(
-            self._weight.data_ptr(), self._bias.data_ptr(), self.inputs, self.outputs, ACTIVATIONS[activation]
+            *(self._weight.data_ptr(), self._bias.data_ptr(), self.inputs, self.outputs, ACTIVATIONS[activation]), tiles
         )
 
     def room(self, rows: int) -> Tensor:
@@ -281,12 +318,14 @@ class LaidOut:
         flat = _rows(hidden.reshape(-1, self.inputs))
         out = torch.empty(len(flat), self.outputs)
         add = None if residual is None else residual.reshape(-1, self.outputs).contiguous()
+        room = self.native.product_room(self.inputs, self.outputs)
         self.native.library.esrl_linear(
             self.struct,
             flat.data_ptr(),
             flat.stride(0),
             len(flat),
             None if add is None else add.data_ptr(),
+            room.data_ptr(),
             out.data_ptr(),
             torch.get_num_threads(),
         )

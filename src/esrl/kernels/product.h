@@ -22,9 +22,15 @@ static void lay_out_columns(Rows weight, int64_t there, int64_t inputs, float* t
     }
 }
 
-// out = x weight' (+ bias), or x weight where it is `transposed`: this thread's part. Nothing may be where out is.
+// out = x weight' (+ bias), or x weight where it is `transposed`. For all threads of a team together. Nothing may be where
+// out is. `room` is for tiles.
 static void product(Rows weight, bool transposed, const float* bias, Rows x, int64_t rows, int64_t inputs, int64_t outputs,
-                    Rows out, Team team) {
+                    Rows out, float* room, Team team) {
+#ifdef ESRL_TILES
+    if (tiles())
+        return multiply_in_tiles({x, true}, {weight, !transposed}, rows, inputs, outputs, {out, false, bias}, room, team);
+#endif
+    (void)room;
     const int64_t blocks = (outputs + BLOCK - 1) / BLOCK, tiles = (rows + TILE - 1) / TILE;
     const int64_t parts = (inputs + PANEL - 1) / PANEL;
     const int64_t groups = std::min(tiles, std::max<int64_t>(1, team.size / blocks));

@@ -25,16 +25,17 @@ class LaidOutWeights:
 
     Args:
         large: weights go into huge pages.
+        tiles: products are on the processor's matrix unit where there is one; weights then stay as they are.
     """
 
-    def __init__(self, native: Native, *, large: bool) -> None:
-        self.native = native
+    def __init__(self, native: Native, *, large: bool, tiles: bool = False) -> None:
+        self.native, self._tiles = native, tiles
         self._arena = Arena(native) if large else None
         self._kept: list[Any] = []
 
     def linear(self, linear: Any, activation: str = "none") -> LinearStruct:
         """A linear layer, its weight laid out."""
-        laid_out = LaidOut(self.native, linear.weight.detach(), linear.bias, activation, self._arena)
+        laid_out = LaidOut(self.native, linear.weight.detach(), linear.bias, activation, self._arena, tiles=self._tiles)
         self._kept.append(laid_out)
         return laid_out.struct
 

@@ -63,7 +63,7 @@ class CompiledMarianEncoder:
     def __init__(self, native: Native, encoder: Any, readers: list[Any], tokens: int) -> None:
         self._native = native
         self._large = 2 * tokens * encoder.embed_tokens.weight.shape[1] * len(readers) >= LARGE
-        self._weights = weights = LaidOutWeights(native, large=self._large)
+        self._weights = weights = LaidOutWeights(native, tiles=True, large=self._large)
         self._heads = encoder.layers[0].self_attn.num_heads
         self._width = encoder.embed_tokens.weight.shape[1]
         layers = (_Layer * len(encoder.layers))(*(self._layer(layer) for layer in encoder.layers))
@@ -98,7 +98,7 @@ class CompiledMarianEncoder:
         starts = torch.nn.functional.pad(prompts.mask.sum(1).cumsum(0), (1, 0))
         sources = _Sources(tokens.data_ptr(), positions.data_ptr(), starts.data_ptr(), count, length)
         structs, library = (addressof(self._struct), addressof(sources)), self._native.library
-        room = self._room(library.esrl_encode_room(*structs))
+        room = self._room(library.esrl_encode_room(*structs, torch.get_num_threads()))
         places = (room.data_ptr(), _addresses(keys), _addresses(values))
         done = library.esrl_encode(*structs, *places, torch.get_num_threads())
         if not done:
