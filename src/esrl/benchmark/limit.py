@@ -2,76 +2,113 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
 from esrl.benchmark.measure import Meter, Row
+from esrl.benchmark.processes import Measured
 from esrl.benchmark.workloads import MODELS, Workload
 from esrl.models.linear import FrozenLinear
 
-_SECONDS = 1.0
+_SECONDS = 0.3
 _SIZES = (512, 1024, 2048)
 _COPIED = 1 << 26  # float32 numbers: 256 MB, more than any cache holds
 _SAMPLES = 20
+_UNIT = "operations (float32)"
 
 
 def limit(models: list[str], samples: tuple[int, ...] | None, meter: Meter) -> tuple[list[Row], list[Row]]:
-    """Rates of the machine, then of a step's stages: operations counted as they are dispatched."""
-    meter.progress("limit: matrix products")
+    """Rates of the machine and of a step's stages in turns: operations counted as they are dispatched.
+
+    A machine that others use, or that gets warm, does not do at all times what it does at best. So the machine's own
+    rates are measured before each round, like contestants', and a stage's share is that of the rate of its round.
+    """
     torch.set_num_threads(meter.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    best = max(_product_rate(size, device) for size in _SIZES)
-    rows: list[Row] = [
-        {"quantity": "matrix products", "giga_per_second": best, "unit": "operations (float32)"},
-        {"quantity": "copy", "giga_per_second": _copy_rate(device), "unit": "bytes read and written"},
-    ]
+    machine = _Machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     workloads = [Workload(name=name, model=MODELS[name], samples=k) for name in models for k in samples or (_SAMPLES,)]
-    results, not_run = replace(meter, count=True).run(workloads, "step", ["esrl"])
-    for result in results:
-        measured = result.measured.get("esrl")
-        if measured is None:
-            continue
-        for stage, name in (("sample", "stage one"), ("score", "stage two")):
-            seconds = sum(stages[stage] for stages in measured.stages)
-            operations = measured.operations[stage] * sum(sum(lengths) for lengths in measured.lengths)
-            rate = operations / seconds / 1e9
-            rows.append(
-                {
-                    "quantity": f"{name}, {result.workload.name}",
-                    "giga_per_second": rate,
-                    "unit": "operations (float32)",
-                    "share": rate / best,
-                    "workload": result.workload.describe(result.parameters),
-                }
-            )
-    return rows, not_run
+    rows: list[Row] = []
+    not_run: list[Row] = []
+    for workload in workloads:
+        before = len(machine.products)
+        results, missing = replace(meter, count=True, before_round=machine.measure).run([workload], "step", ["esrl"])
+        not_run += missing
+        for result in results:
+            if "esrl" in result.measured:
+                describe = result.workload.describe(result.parameters)
+                rows += _stages(result.measured["esrl"], machine.products[before:], workload.name, describe)
+    for row in rows:
+        row["share_of_fastest"] = row["giga_per_second"] / machine.fastest
+    return [*machine.rows(), *rows], not_run
 
 
-@torch.no_grad()
-def _product_rate(size: int, device: torch.device) -> float:
-    """10^9 operations a second of the fastest product at hand, 2 for each multiplication and addition."""
-    left, right = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
-    frozen = FrozenLinear(right, None)
-    return max(2 * size**3 / _fastest(work) / 1e9 for work in (lambda: left @ right, lambda: frozen(left)))
+def _stages(measured: Measured, products: list[float], name: str, describe: str) -> list[Row]:
+    rows: list[Row] = []
+    for stage, title in (("sample", "stage one"), ("score", "stage two")):
+        rates = [
+            measured.operations[stage] * sum(lengths) / stages[stage] / 1e9
+            for lengths, stages in zip(measured.lengths, measured.stages, strict=True)
+        ]
+        rows.append(
+            {
+                "quantity": f"{title}, {name}",
+                "giga_per_second": statistics.median(rates),
+                "unit": _UNIT,
+                "share": statistics.median(rate / limit for rate, limit in zip(rates, products, strict=True)),
+                "workload": describe,
+            }
+        )
+    return rows
 
 
-def _copy_rate(device: torch.device) -> float:
-    source = torch.ones(_COPIED, device=device)
-    target = torch.empty_like(source)
-    return 2 * 4 * _COPIED / _fastest(lambda: target.copy_(source)) / 1e9
+@dataclass(slots=True)
+class _Machine:
+    """Rates of the machine, round by round, in 10^9 a second."""
+
+    device: torch.device
+    products: list[float] = field(default_factory=list)  # of the kind that is fastest in a round, its middle call
+    copies: list[float] = field(default_factory=list)
+    fastest: float = 0.0  # of all calls
+
+    @torch.no_grad()
+    def measure(self) -> None:
+        """One round: products by PyTorch and by our kernels in float32's own units, of several sizes; and copies."""
+        rates = []
+        for size in _SIZES:
+            left, right = torch.randn(size, size, device=self.device), torch.randn(size, size, device=self.device)
+            for work in (partial(torch.mm, left, right), partial(FrozenLinear(right, None), left)):
+                seconds = _calls(work)
+                rates.append(2 * size**3 / statistics.median(seconds) / 1e9)
+                self.fastest = max(self.fastest, 2 * size**3 / min(seconds) / 1e9)
+        self.products.append(max(rates))
+        source = torch.ones(_COPIED, device=self.device)
+        target = torch.empty_like(source)
+        self.copies.append(2 * 4 * _COPIED / statistics.median(_calls(lambda: target.copy_(source))) / 1e9)
+
+    def rows(self) -> list[Row]:
+        """The machine's own: medians of the rounds."""
+        if not self.products:
+            return []
+        return [
+            {"quantity": "matrix products", "giga_per_second": statistics.median(self.products), "unit": _UNIT},
+            {"quantity": "matrix products, the fastest call", "giga_per_second": self.fastest, "unit": _UNIT},
+            {"quantity": "copy", "giga_per_second": statistics.median(self.copies), "unit": "bytes read and written"},
+        ]
 
 
-def _fastest(work: Callable[[], torch.Tensor]) -> float:
-    """Seconds of the fastest of the runs that fit into a second."""
+def _calls(work: Callable[[], torch.Tensor]) -> list[float]:
+    """Seconds of each of the calls that fit into a turn, after one that does not count."""
     work()
-    best, end = float("inf"), time.perf_counter() + _SECONDS
-    while time.perf_counter() < end:
+    seconds: list[float] = []
+    end = time.perf_counter() + _SECONDS
+    while not seconds or time.perf_counter() < end:
         start = time.perf_counter()
         work()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return best
+        seconds.append(time.perf_counter() - start)
+    return seconds

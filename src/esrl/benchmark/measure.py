@@ -62,12 +62,13 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Meter:
-    """How to measure: rounds, threads, who is told what runs now, and whether operations are counted."""
+    """How to measure: rounds, threads, who is told what runs now, whether operations are counted, what else is done."""
 
     repetitions: int
     threads: int
     progress: Progress
     count: bool = False  # the operations of steps, too
+    before_round: Callable[[], None] = lambda: None
 
     def run(self, workloads: Sequence[Workload], kind: JobKind, names: Sequence[str]) -> tuple[list[Result], list[Row]]:
         """Measure every contestant on every workload; those of one model stand together.
@@ -92,6 +93,10 @@ class Meter:
                     results.append(Result(workload, parameters, done))
         return results, not_run
 
+    def _before_round(self, repetition: int) -> None:
+        self.progress(f"the machine: round {repetition} of {self.repetitions}")
+        self.before_round()
+
     def _turns(self, workload: Workload, kind: JobKind, folders: dict[str, Path]) -> dict[str, Measured]:
         jobs = [
             Job(
@@ -106,7 +111,13 @@ class Meter:
             for name, folder in folders.items()
         ]
         label = f"{workload.name}, {workload.samples} samples: "
-        return take_turns(jobs, self.repetitions, lambda message: self.progress(label + message), count=self.count)
+        return take_turns(
+            jobs,
+            self.repetitions,
+            lambda message: self.progress(label + message),
+            count=self.count,
+            before_round=self._before_round,
+        )
 
 
 def _by_model(workloads: Sequence[Workload]) -> Iterator[list[Workload]]:

@@ -105,7 +105,12 @@ class Measured:
 
 
 def take_turns(
-    jobs: list[Job], repetitions: int, progress: Callable[[str], None], *, count: bool = False
+    jobs: list[Job],
+    repetitions: int,
+    progress: Callable[[str], None],
+    *,
+    count: bool = False,
+    before_round: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Measured]:
     """Run the jobs in turns: each process is warmed up by one run, then every round asks each for one.
 
@@ -130,6 +135,7 @@ def take_turns(
             ask(job.contestant, asdict(job))
             ask(job.contestant, {"run": 0})
         for repetition in range(1, repetitions + 1):
+            before_round(repetition)
             for name, values in measured.items():
                 progress(f"{name}: round {repetition} of {repetitions}")
                 time.sleep(_PAUSE_SECONDS)

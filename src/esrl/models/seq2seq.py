@@ -31,7 +31,7 @@ from esrl.types import Prompts
 SUPPORTED = ("marian",)
 _ENCODED_TOKENS = 4096
 _COMPILED_TOKENS = 1024
-"""Source tokens from which on laying out an encoder's weights takes less time than it saves."""
+"""Source tokens from which on laying out an encoder's weights takes less time than it saves; for tiles none is."""
 
 
 class MarianPolicy:
@@ -93,10 +93,10 @@ class MarianPolicy:
         projections = [(attention.k_proj, attention.v_proj) for attention in attentions]
         # in parts, dropout would draw other masks than the pass with a graph that replays them
         fixed = torch.is_grad_enabled() or self.model.training or self.device.type != "cpu"
-        if not fixed and int(prompts.mask.sum()) >= _COMPILED_TOKENS:
+        if not fixed:
             encoder, readers = self.plain.get_encoder(), attentions
             native = fitting_kernels(encoder)
-            if native is not None:
+            if native is not None and (native.tiles or int(prompts.mask.sum()) >= _COMPILED_TOKENS):
                 if self.plain is not self.model:
                     encoder, readers = (twin(part, merged_linear) for part in (encoder, nn.ModuleList(attentions)))
                 return CompiledMarianEncoder(native, encoder, list(readers), prompts.mask.numel())(prompts)

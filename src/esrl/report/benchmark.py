@@ -196,13 +196,14 @@ _PARTS: dict[str, _Part] = {
     ),
     "limit": (
         "The limit of this machine",
-        "Operations of the stages are counted by PyTorch as they are dispatched.",
+        "Operations of the stages are counted as they are dispatched; a share is of the products of the same round.",
         lambda rows: [],
         {
             "quantity": lambda row: row["quantity"],
             "10^9 per second": lambda row: row["giga_per_second"],
             "of": lambda row: row["unit"],
             "share of the matrix products": lambda row: row.get("share"),
+            "share of the fastest call": lambda row: row.get("share_of_fastest"),
         },
     ),
 }

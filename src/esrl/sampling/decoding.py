@@ -16,6 +16,9 @@ from torch import Tensor
 from esrl.models.policy import BatchSizes, Decoder, FrozenDecoder, PromptState, behind_each_other
 from esrl.sampling.draw import Drawn, Temperature, draw_tokens
 
+_WAITING = 32
+"""Steps after which what was drawn is put in place."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:
@@ -50,47 +53,62 @@ class Pace:
     batch_sizes: BatchSizes  # that the decoder takes without preparation
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One step of the batch; (A,) each."""
+
+    drawn: Drawn
+    alive: Tensor  # the rows in the batch
+    positions: Tensor  # where their tokens go
+    done: Tensor  # rows that had ended before: theirs do not count
+    ended: Tensor  # rows that it ends
+
+
 class Output:
-    """What R rows have drawn. It is kept step by step, and put in place when the rows in the batch change."""
+    """What R rows have drawn.
+
+    Steps are put in place many at a time: each operation on a few tokens costs as much as one on many.
+    """
 
     def __init__(self, rows: Rows, steps: int, records: tuple[str, ...], dtype: torch.dtype, device: torch.device):
         num_rows = len(rows.prompt)
         self.rows = rows
-        self.finished = torch.zeros(num_rows, dtype=torch.bool, device=device)
         wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
         names = ("log_probs", "sampling_log_probs", *records)
         self.tensors = {name: torch.zeros(num_rows, steps, dtype=wide, device=device) for name in names}
         self.tensors["tokens"] = torch.zeros(num_rows, steps, dtype=torch.int64, device=device)
         self.tensors["mask"] = torch.zeros(num_rows, steps, dtype=torch.bool, device=device)
-        self.waiting: list[tuple[Drawn, Tensor, Tensor]] = []
+        self._ended = torch.zeros(num_rows, steps, dtype=torch.bool, device=device)
+        self._waiting: list[_Step] = []
 
-    def append(self, drawn: Drawn, real: Tensor, ended: Tensor) -> None:
-        """One step: what was drawn, for which rows it counts, which of them it ends."""
-        self.waiting.append((drawn, real, ended))
+    @property
+    def finished(self) -> Tensor:
+        """(R,) rows that have ended by themselves."""
+        return self._ended.any(1)
 
-    def flush(self, alive: Tensor, positions: Tensor) -> None:
-        """Put the steps since the last flush in place.
+    def append(self, step: _Step) -> None:
+        self._waiting.append(step)
+        if len(self._waiting) == _WAITING:
+            self.flush()
 
-        Args:
-            alive: (A,) the rows they belong to; positions: (A,) each one's next position.
-        """
-        if not self.waiting:
+    def flush(self) -> None:
+        """Put the steps in place that are not there yet."""
+        if not self._waiting:
             return
-        drawn = [entry[0] for entry in self.waiting]
-        real = torch.stack([entry[1] for entry in self.waiting], 1)
-        ended = torch.stack([entry[2] for entry in self.waiting], 1)
+        place = tuple(torch.cat([getattr(step, name) for step in self._waiting]) for name in ("alive", "positions"))
+        real = ~torch.cat([step.done for step in self._waiting])
+        drawn = [step.drawn for step in self._waiting]
         columns = {
             "tokens": [values.tokens for values in drawn],
             "log_probs": [values.log_probs for values in drawn],
             "sampling_log_probs": [values.sampling_log_probs for values in drawn],
         }
         columns |= {name: [values.records[name] for values in drawn] for name in drawn[0].records}
-        place = alive[:, None], positions[:, None] + torch.arange(-len(drawn), 0, device=alive.device)
         for name, values in columns.items():
-            self.tensors[name][place] = torch.where(real, torch.stack(values, 1), 0)
+            self.tensors[name][place] = torch.where(real, torch.cat(values), 0)
         self.tensors["mask"][place] = real
-        self.finished[alive] |= (ended & real).any(1)
-        self.waiting = []
+        self._ended[place] = torch.cat([step.ended for step in self._waiting]) & real
+        self._waiting = []
 
 
 @dataclass(slots=True)
@@ -118,6 +136,7 @@ class Decoding:
         self.device = state.mask.device
         self.eos = torch.tensor(eos_tokens, device=self.device)
         self.steps = int(work.limits.max())
+        self.shortest_limit = int(work.limits.min())
         self.all_limits = work.limits.to(self.device)
         self.output = Output(work.rows, self.steps, records, state.keys[0].dtype, self.device)
         self.decoder: Decoder | None = None
@@ -138,6 +157,7 @@ class Decoding:
             step += 1
             if step % self.pace.check_steps == 0 or self.waves[0].position == self.steps:
                 self._leave()
+        self.output.flush()
         return self.output
 
     def _begin(self) -> bool:
@@ -156,7 +176,6 @@ class Decoding:
             self.decoder = self.frozen.start(state, local)
         else:
             self.decoder.join(state, local)
-        self.output.flush(self.alive, self.positions)
         self.waves.append(_Wave(size, 0))
         new = new.to(self.device)
         self.alive = torch.cat([self.alive, new])
@@ -175,11 +194,13 @@ class Decoding:
         drawn = draw_tokens(hidden, self.frozen.projection, self.temperature, numbers, self.records, self.pace.logits)
         self.tokens = drawn.tokens
         ended = self.tokens == self.eos if len(self.eos) == 1 else torch.isin(self.tokens, self.eos)
-        self.output.append(drawn, ~self.done, ended)
+        self.output.append(_Step(drawn, self.alive, self.positions, self.done, ended))
         self.positions = self.positions + 1
-        self.done = self.done | ended | (self.positions == self.limits)
+        self.done = self.done | ended
         for wave in self.waves:
             wave.position += 1
+        if self.waves[0].position >= self.shortest_limit:  # the oldest
+            self.done = self.done | (self.positions == self.limits)
 
     def _leave(self) -> None:
         """Take rows that have ended out of the batch, if they are many, or their wave is at the end of its steps."""
@@ -193,7 +214,6 @@ class Decoding:
         sizes = [wave.size for wave in self.waves]
         kept = survivors(done, sizes, over, size)
         self.decoder.keep(*kept)
-        self.output.flush(self.alive, self.positions)
         left = torch.tensor(behind_each_other(kept, sizes), dtype=torch.int64, device=self.device)
         self.alive, self.positions, self.tokens = self.alive[left], self.positions[left], self.tokens[left]
         self.limits, self.done, self.temperature = self.limits[left], self.done[left], self.temperature.rows(left)
