@@ -17,13 +17,13 @@
 
 namespace esrl {
 
-constexpr int64_t SIDE = 16;                // rows, or columns, of a tile
-constexpr int64_t DEEP = 32;                // numbers of each that are multiplied
-constexpr int64_t THIRD = SIDE * DEEP;      // numbers of a tile
+constexpr int64_t SIDE = 16;              // rows, or columns, of a tile
+constexpr int64_t DEEP = 32;              // numbers of each that are multiplied
+constexpr int64_t THIRD = SIDE * DEEP;    // numbers of a tile
 constexpr int64_t THIRDS = 3 * THIRD;
-constexpr int64_t PAIR = 2 * SIDE;          // rows, and columns, multiplied at a time: two tiles of each
-constexpr int64_t MOST = 12 * PAIR;         // rows, or columns, that a thread holds, ...
-constexpr int64_t MOST_DEEP = 16 * DEEP;    // ... and numbers of each: their thirds stay near
+constexpr int64_t PAIR = 2 * SIDE;        // rows, and columns, multiplied at a time: two tiles of each
+constexpr int64_t MOST = 12 * PAIR;       // columns that a thread holds, ...
+constexpr int64_t MOST_DEEP = 16 * DEEP;  // ... and numbers of each: their thirds stay near
 
 // Whether tiles are used: where the processor has them and the system lets a process use them.
 static bool& tiles() {
@@ -36,7 +36,7 @@ static bool& tiles() {
     return used;
 }
 
-// A side of a product: the numbers that are multiplied lie side by side (`along`) or one below the other.
+// A factor: the numbers of a row, or column, lie side by side (`along`) or one below the other.
 struct Factor {
     Rows rows;
     bool along;
@@ -51,10 +51,14 @@ struct Result {
     int64_t activation = NONE;
 };
 
-// Floats of the room in which each thread holds `count` rows, or columns, of `deep` numbers.
-static int64_t tiles_room(int64_t count, int64_t deep) {
-    if (!tiles()) return 0;
-    return std::min((count + PAIR - 1) / PAIR * PAIR, MOST) * std::min((deep + DEEP - 1) / DEEP * DEEP, MOST_DEEP) * 3 / 2 + LINE;
+// Floats of the room in which a thread holds columns of `deep` numbers.
+static int64_t tiles_room(int64_t columns, int64_t deep) {
+#ifdef ESRL_TILES
+    return std::min((columns + PAIR - 1) / PAIR * PAIR, MOST) * std::min((deep + DEEP - 1) / DEEP * DEEP, MOST_DEEP) * 3 / 2 +
+           LINE;
+#else
+    return 0 * columns * deep;
+#endif
 }
 
 #ifdef ESRL_TILES
@@ -246,12 +250,10 @@ static void multiply_in_tiles(const Factor& first, const Factor& second, int64_t
     const Side<false> passing{first, rows};
     const int64_t steps = (deep + DEEP - 1) / DEEP, panels = (deep + MOST_DEEP - 1) / MOST_DEEP;
     const int64_t pairs = (rows + PAIR - 1) / PAIR, pairs_held = (columns + PAIR - 1) / PAIR;
-    // groups of threads divide the columns, the threads of a group the rows: so that the least is to be taken
+    // groups of threads divide the columns, the threads of a group the rows: so that each takes the least apart
     int64_t groups = 1;
-    const auto taken_with = [&](int64_t groups) { return pairs_held * team.size + pairs * groups * groups; };  // x groups / 1
-    while (groups < std::min(team.size, pairs_held) &&
-           taken_with(groups + 1) * groups < taken_with(groups) * (groups + 1))
-        groups++;
+    const auto apart = [&](int64_t groups) { return double(pairs_held) / groups + double(pairs) * groups / team.size; };
+    while (groups < std::min(team.size, pairs_held) && apart(groups + 1) < apart(groups)) groups++;
     const int64_t group = team.index * groups / team.size, leader = (group * team.size + groups - 1) / groups;
     const Team mates{team.index - leader, ((group + 1) * team.size + groups - 1) / groups - leader};
     const int64_t first_pair = pairs_held * group / groups, here = pairs_held * (group + 1) / groups - first_pair;
