@@ -31,16 +31,18 @@ def limit(models: list[str], samples: tuple[int, ...] | None, meter: Meter) -> t
     torch.set_num_threads(meter.threads)
     machine = _Machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     workloads = [Workload(name=name, model=MODELS[name], samples=k) for name in models for k in samples or (_SAMPLES,)]
+
+    def before_round() -> None:
+        meter.progress("limit: matrix products and copies")
+        machine.measure()
+
+    results, not_run = replace(meter, count=True, before_round=before_round).run(workloads, "step", ["esrl"])
     rows: list[Row] = []
-    not_run: list[Row] = []
-    for workload in workloads:
-        before = len(machine.products)
-        results, missing = replace(meter, count=True, before_round=machine.measure).run([workload], "step", ["esrl"])
-        not_run += missing
-        for result in results:
-            if "esrl" in result.measured:
-                describe = result.workload.describe(result.parameters)
-                rows += _stages(result.measured["esrl"], machine.products[before:], workload.name, describe)
+    for index, result in enumerate(results):
+        if "esrl" in result.measured:
+            products = machine.products[index * meter.repetitions :][: meter.repetitions]
+            describe = result.workload.describe(result.parameters)
+            rows += _stages(result.measured["esrl"], products, result.workload.name, describe)
     for row in rows:
         row["share_of_fastest"] = row["giga_per_second"] / machine.fastest
     return [*machine.rows(), *rows], not_run

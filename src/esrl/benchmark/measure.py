@@ -93,10 +93,6 @@ class Meter:
                     results.append(Result(workload, parameters, done))
         return results, not_run
 
-    def _before_round(self, repetition: int) -> None:
-        self.progress(f"the machine: round {repetition} of {self.repetitions}")
-        self.before_round()
-
     def _turns(self, workload: Workload, kind: JobKind, folders: dict[str, Path]) -> dict[str, Measured]:
         jobs = [
             Job(
@@ -116,7 +112,7 @@ class Meter:
             self.repetitions,
             lambda message: self.progress(label + message),
             count=self.count,
-            before_round=self._before_round,
+            before_round=self.before_round,
         )
 
 

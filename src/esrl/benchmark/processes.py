@@ -110,7 +110,7 @@ def take_turns(
     progress: Callable[[str], None],
     *,
     count: bool = False,
-    before_round: Callable[[int], None] = lambda _: None,
+    before_round: Callable[[], None] = lambda: None,
 ) -> dict[str, Measured]:
     """Run the jobs in turns: each process is warmed up by one run, then every round asks each for one.
 
@@ -135,7 +135,7 @@ def take_turns(
             ask(job.contestant, asdict(job))
             ask(job.contestant, {"run": 0})
         for repetition in range(1, repetitions + 1):
-            before_round(repetition)
+            before_round()
             for name, values in measured.items():
                 progress(f"{name}: round {repetition} of {repetitions}")
                 time.sleep(_PAUSE_SECONDS)

@@ -95,7 +95,7 @@ class Output:
         """Put the steps in place that are not there yet."""
         if not self._waiting:
             return
-        place = tuple(torch.cat([getattr(step, name) for step in self._waiting]) for name in ("alive", "positions"))
+        place = torch.cat([step.alive for step in self._waiting]), torch.cat([step.positions for step in self._waiting])
         real = ~torch.cat([step.done for step in self._waiting])
         drawn = [step.drawn for step in self._waiting]
         columns = {
