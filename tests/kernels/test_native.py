@@ -312,7 +312,8 @@ def test_draws_use_the_same_memory_each_time(native):
     linear, hidden = LaidOut(native, random(40, 30), None), random(7, 30)
 
     def place(rows: int) -> torch.Tensor | None:
-        native.draw(linear, hidden[:rows], torch.ones(rows), torch.full((rows,), 0.5, dtype=torch.float64), (), rows)
+        halves = torch.full((rows,), 0.5, dtype=torch.float64)
+        native.draw(linear, hidden[:rows], halves, halves, (), rows)
         return linear._room
 
     first = place(4)

@@ -252,11 +252,10 @@ def side_by_side(frozen: Any, policy: CausalPolicy, prompts: Prompts, answers: T
 
 
 def join(frozen: Any, decoder: Any, state: PromptState, prompt_index: Tensor) -> Any:
-    """Let rows begin, with the state of their prompts alone."""
-    used, local = torch.unique(prompt_index, return_inverse=True)
+    """Let rows begin."""
     if decoder is None:
-        return frozen.start(state.select(used), local)
-    decoder.join(state.select(used), local)
+        return frozen.start(state, prompt_index)
+    decoder.join(state, prompt_index)
     return decoder
 
 

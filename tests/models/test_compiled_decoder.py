@@ -94,6 +94,28 @@ def test_rows_leave_and_others_begin(tokenizer, prompts):
     steps(21, 10)
 
 
+def test_waves_read_the_same_prompts_together_to_the_bit(tokenizer, prompts):
+    """As if each wave had prompts of its own; the first one to have them is the first to go."""
+    policy = make(tokenizer)
+    compiled, _ = pair(policy)
+    state = policy.encode(prompts)
+    waves = [torch.tensor(index) for index in ([1, 1, 2], [2, 1, 8, 0], [2, 2])]
+
+    def run(states: list[PromptState]) -> list[torch.Tensor]:
+        decoder, found = compiled.start(states[0], waves[0]), []
+        found += [decoder.step(tokens(3, step)) for step in range(9)]
+        decoder.join(states[1], waves[1])
+        found += [decoder.step(tokens(7, step)) for step in range(3)]
+        decoder.keep([], [3, 1, 0])
+        gc.collect()
+        decoder.join(states[2], waves[2])
+        return [*found, *(decoder.step(tokens(5, step)) for step in range(STEPS))]
+
+    apart = [state.select(torch.arange(10)) for _ in waves]
+    for found, expected in zip(run([state] * 3), run(apart), strict=True):
+        assert torch.equal(found, expected)
+
+
 def test_a_row_does_not_depend_on_the_others_to_the_bit(tokenizer, prompts):
     policy = make(tokenizer)
     compiled, _ = pair(policy)

@@ -68,7 +68,7 @@ static void draw_row(const float* logits, int64_t filled, float tau, double unif
 }
 
 // Rows of states -> logits, `together` rows at a time in `room` -> tokens. All threads of a team call it.
-static void draw(const Linear& projection, Rows states, int64_t rows, const float* tau, const double* uniforms,
+static void draw(const Linear& projection, Rows states, int64_t rows, const double* tau, const double* uniforms,
                  int64_t together, float* room, Drawn drawn) {
     const int64_t filled = (projection.outputs + SUMMED - 1) / SUMMED * SUMMED;
     const Rows logits{room, filled + W};
@@ -80,7 +80,7 @@ static void draw(const Linear& projection, Rows states, int64_t rows, const floa
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < here; i++) {
             for (int64_t j = projection.outputs; j < filled; j++) logits.row(i)[j] = NEVER;
-            draw_row(logits.row(i), filled, tau[begin + i], uniforms[begin + i], sums.data(), drawn, begin + i);
+            draw_row(logits.row(i), filled, float(tau[begin + i]), uniforms[begin + i], sums.data(), drawn, begin + i);
         }
     }
 }

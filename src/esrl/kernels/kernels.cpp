@@ -63,7 +63,7 @@ void esrl_linear(const Linear* l, float* x, int64_t x_stride, int64_t rows, floa
     linear(*l, {x, x_stride}, rows, to, residual ? &add : nullptr, Team(), nullptr, room);
 }
 
-void esrl_draw(const Linear* projection, float* states, int64_t stride, int64_t rows, const float* tau,
+void esrl_draw(const Linear* projection, float* states, int64_t stride, int64_t rows, const double* tau,
                const double* uniforms, int64_t together, float* room, const Drawn* drawn, int64_t threads) {
     count(*projection, rows);
 #pragma omp parallel num_threads(threads)

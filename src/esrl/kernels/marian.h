@@ -141,11 +141,12 @@ static void self_attention(const Marian& model, const Row& row, int64_t layer, c
     const int64_t n = row.position + 1, width = model.width, room = n + PAGE + W, last = (n - 1) / PAGE;
     const auto keys = [&](int64_t page) { return layer_of(model, row.pages[page], layer); };
     const auto values = [&](int64_t page) { return keys(page) + PAGE * width; };
+    const auto filled = [&](int64_t page) { return std::min(PAGE, n - page * PAGE); };
     for (int64_t page = 0; page <= last; page++) {
-        fetch(page < last ? keys(page + 1) : values(0), PAGE * width);
+        fetch(page < last ? keys(page + 1) : values(0), filled(page < last ? page + 1 : 0) * width);
         for (int64_t head = 0; head < model.heads; head++) {
             const float* own = query + head * V * W;
-            score<V, 1>(&own, keys(page) + head * V * W, std::min(PAGE, n - page * PAGE), width,
+            score<V, 1>(&own, keys(page) + head * V * W, filled(page), width,
                         scores + head * room + page * PAGE, 0);
         }
     }
@@ -154,10 +155,10 @@ static void self_attention(const Marian& model, const Row& row, int64_t layer, c
         sums[head] = {};
     }
     for (int64_t page = 0; page <= last; page++) {
-        if (page < last) fetch(values(page + 1), PAGE * width);
+        if (page < last) fetch(values(page + 1), filled(page + 1) * width);
         for (int64_t head = 0; head < model.heads; head++)
-            mix<V, 1>(scores + head * room + page * PAGE, 0, values(page) + head * V * W,
-                      std::min(PAGE, n - page * PAGE), width, sums[head].parts);
+            mix<V, 1>(scores + head * room + page * PAGE, 0, values(page) + head * V * W, filled(page), width,
+                      sums[head].parts);
     }
     for (int64_t head = 0; head < model.heads; head++) {
         float* to = out + head * V * W;
@@ -231,9 +232,10 @@ static void layers(Decoder& decoder, const int64_t* tokens, Rows hidden, Rows pr
         norm(layer.norm);
         linear(layer.cross_query, hidden, count, query, nullptr, team, &layer.cross_mixed);
 #pragma omp barrier
-#pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < groups * model.heads; task++)
-            cross_attention<V>(decoder, decoder.groups[task / model.heads], l, task % model.heads, query, mixed, scores);
+        // head after head: a thread then has, by and large, the queries that it has computed itself
+        for (int64_t task = team.begin(groups * model.heads); task < team.end(groups * model.heads); task++)
+            cross_attention<V>(decoder, decoder.groups[task % groups], l, task / groups, query, mixed, scores);
+#pragma omp barrier
         linear(layer.cross_mixed, mixed, count, hidden, &hidden, team, &layer.inner);
         norm(layer.cross_norm);
         linear(layer.inner, hidden, count, inner, nullptr, team, &layer.outer);

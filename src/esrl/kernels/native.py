@@ -154,7 +154,7 @@ class Native:
 
         Args:
             hidden: (R, D) float32.
-            tau: (R,) float32 temperatures; 0 takes the most probable token.
+            tau: (R,) float64 temperatures, or more, which are not looked at; 0 takes the most probable token.
             uniforms: (R,) float64.
             together: rows whose logits exist at a time.
 
@@ -309,7 +309,7 @@ class LaidOut:
         has freed does not serve an aligned request of the same size (docs/performance.md).
         """
         size = rows * self.native.library.esrl_room(self.outputs)
-        if self._room is None or len(self._room) < size:
+        if self._room is None or self._room.shape[0] < size:
             self._room = torch.empty(size)
         return self._room
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, addressof, c_double, c_int64, c_void_p
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,6 +41,28 @@ class _Marian(Structure):
 
 class _Prompts(Structure):
     _fields_ = (("keys", POINTER(c_void_p)), ("values", POINTER(c_void_p)), ("mask", c_void_p), ("length", c_int64))
+
+
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """A state of prompts, and what rows point to."""
+
+    state: PromptState
+    prompts: _Prompts
+    parts: tuple[Tensor | None, ...]  # what ``prompts`` points to
+
+
+def _shared(state: PromptState) -> _Shared:
+    keys, values = ([part.contiguous() for part in parts] for parts in (state.keys, state.values))
+    mask = None if bool(state.mask.all()) else state.mask.contiguous()
+    at = c_void_p * len(keys)
+    prompts = _Prompts(
+        at(*(part.data_ptr() for part in keys)),
+        at(*(part.data_ptr() for part in values)),
+        None if mask is None else mask.data_ptr(),
+        state.mask.shape[1],
+    )
+    return _Shared(state, prompts, (*keys, *values, mask))
 
 
 class CompiledMarianDecoder:
@@ -110,45 +133,40 @@ class CompiledDecoder:
     def __init__(self, weights: CompiledMarianDecoder, state: PromptState, prompt_index: Tensor) -> None:
         self.weights = weights
         self._library = weights.native.library
-        large = 2 * sum(part.numel() for part in state.keys) >= LARGE
+        read = len(prompt_index.unique()) / state.mask.shape[0]  # by these rows, of what there is
+        large = 2 * read * sum(part.numel() for part in state.keys) >= LARGE
         struct = weights.struct(large)
         self._handle = self._library.esrl_decoder(addressof(struct), torch.get_num_threads(), large)
         self._check(self._handle)
         weakref.finalize(self, self._library.esrl_free, self._handle)
         self.sizes: list[int] = []
-        self.states: list[Any] = []  # of each wave: what its rows point to
+        self.states: list[_Shared] = []  # of each wave: what its rows point to
         self.join(state, prompt_index)
 
     def join(self, state: PromptState, prompt_index: Tensor) -> None:
         """Let more rows begin, behind those that are there."""
         prompt_index = prompt_index.contiguous()
-        keys, values = ([part.contiguous() for part in parts] for parts in (state.keys, state.values))
-        mask = None if bool(state.mask.all()) else state.mask.contiguous()
-        at = c_void_p * len(keys)
-        prompts = _Prompts(
-            at(*(part.data_ptr() for part in keys)),
-            at(*(part.data_ptr() for part in values)),
-            None if mask is None else mask.data_ptr(),
-            state.mask.shape[1],
-        )
+        # waves of the same prompts read them together
+        shared = next((known for known in self.states if known.state is state), None) or _shared(state)
         self.sizes.append(len(prompt_index))
-        self.states.append((prompts, keys, values, mask))
+        self.states.append(shared)
         self._check(
-            self._library.esrl_join(self._handle, addressof(prompts), prompt_index.data_ptr(), len(prompt_index))
+            self._library.esrl_join(self._handle, addressof(shared.prompts), prompt_index.data_ptr(), len(prompt_index))
         )
 
     def step(self, tokens: Tensor) -> Tensor:
         """(R,) last tokens -> (R, D) states for the next ones."""
         tokens, width = tokens.contiguous(), self.weights.width
         # rows that are a power of two apart would share a few places in the processor's cache
-        states = torch.empty(len(tokens), width + self.weights.native.vector)
-        self._check(self._library.esrl_step(self._handle, tokens.data_ptr(), states.data_ptr(), states.stride(0)))
-        return states[:, :width]
+        stride = width + self.weights.native.vector
+        states = torch.empty_strided((tokens.shape[0], width), (stride, 1))
+        self._check(self._library.esrl_step(self._handle, tokens.data_ptr(), states.data_ptr(), stride))
+        return states
 
     def keep(self, *rows: Sequence[int]) -> None:
         """Go on with these rows of each wave, in this order."""
-        kept = torch.tensor(behind_each_other(rows, self.sizes), dtype=torch.int64)
-        self._check(self._library.esrl_keep(self._handle, kept.data_ptr(), len(kept)))
+        kept = behind_each_other(rows, self.sizes)
+        self._check(self._library.esrl_keep(self._handle, (c_int64 * len(kept))(*kept), len(kept)))
         self.states = [state for state, part in zip(self.states, rows, strict=True) if len(part)]
         self.sizes = [len(part) for part in rows if len(part)]
 

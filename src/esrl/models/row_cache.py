@@ -23,16 +23,17 @@ class RowCache:
     """What R rows have decoded so far, beside the state of their prompts.
 
     Args:
-        state: the shared prompt state.
+        state: the shared prompt state; what is kept of it is that of these rows' prompts.
         prompt_index: (R,) int64, each row's prompt.
     """
 
     def __init__(self, state: PromptState, prompt_index: Tensor) -> None:
-        self.state = state
         self.rows = len(prompt_index)
         self.position = 0
         self.device = state.mask.device
-        self.prompt_index = prompt_index.to(self.device)
+        used, self.prompt_index = torch.unique(prompt_index.to(self.device), return_inverse=True)
+        # a wave may have few of the prompts: padding and samples that a prompt does not have are computed, too
+        self.state = state if len(used) == state.mask.shape[0] else state.select(used)
         self.keys = [self._empty(shared) for shared in state.keys]
         self.values = [self._empty(shared) for shared in state.values]
 

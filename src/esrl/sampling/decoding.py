@@ -162,20 +162,17 @@ class Decoding:
 
     def _begin(self) -> bool:
         """Let a wave begin where there is room for it."""
-        total, free = len(self.work.rows.prompt), self.pace.places - len(self.alive)
+        total, free = self.work.rows.prompt.shape[0], self.pace.places - self.alive.shape[0]
         size = min(free, total - self.begun)
         if size < 1 or size < min(int(self.pace.free_share * self.pace.places), total - self.begun):
             return False
         new = torch.arange(self.begun, self.begun + size)
         self.begun += size
-        # encoded parts may be larger than a wave: take this wave's prompts only
-        used, local = torch.unique_consecutive(self.work.rows.local[new].to(self.device), return_inverse=True)
-        state = self.work.state
-        state = state if len(used) == state.mask.shape[0] else state.select(used)
+        prompt_index = self.work.rows.local[new].to(self.device)
         if self.decoder is None:
-            self.decoder = self.frozen.start(state, local)
+            self.decoder = self.frozen.start(self.work.state, prompt_index)
         else:
-            self.decoder.join(state, local)
+            self.decoder.join(self.work.state, prompt_index)
         self.waves.append(_Wave(size, 0))
         new = new.to(self.device)
         self.alive = torch.cat([self.alive, new])
@@ -188,9 +185,9 @@ class Decoding:
     def _step(self) -> None:
         """A token for every row in the batch."""
         assert self.decoder is not None
-        hidden = self.decoder.step(self.tokens)
         uniforms, greedy = self.work.uniforms, self.temperature.greedy
         numbers = uniforms[0, self.alive] if greedy else uniforms[self.positions, self.alive]
+        hidden = self.decoder.step(self.tokens)
         drawn = draw_tokens(hidden, self.frozen.projection, self.temperature, numbers, self.records, self.pace.logits)
         self.tokens = drawn.tokens
         ended = self.tokens == self.eos if len(self.eos) == 1 else torch.isin(self.tokens, self.eos)

@@ -127,9 +127,8 @@ def _draw_compiled(
     together: int,
 ) -> Drawn:
     """By the kernels: logits and draw in one call, ``together`` rows at a time."""
-    tau = torch.full((len(hidden),), 0.0 if temperature.greedy else 1.0)
-    if not temperature.greedy and not temperature.plain:
-        tau = temperature.values.float()
+    # of more rows, and all the same, if all are 0 or all are 1
+    tau = temperature.values.double()
     drawn = projection.native.draw(projection, hidden, tau, uniforms.double(), records, together)
     tokens, log_probs, sampling = (drawn.pop(name) for name in ("tokens", "log_probs", "sampling_log_probs"))
     return Drawn(tokens, log_probs, sampling, drawn)

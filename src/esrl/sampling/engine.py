@@ -22,7 +22,7 @@ from esrl.sampling.decoding import Decoding, Output, Pace, Rows, Work
 from esrl.sampling.draw import Temperature, Truncation
 from esrl.types import Prompts, Rollouts, SamplingPlan
 
-_PLACES, _WIDE_PLACES, _WIDE = 96, 80, 512
+_PLACES, _WIDE_PLACES, _WIDE = 128, 80, 512
 """Rows at a time with compiled kernels, and for models of this width, whose keys and values take most of the memory."""
 
 
@@ -42,7 +42,7 @@ class SamplingConfig:
     """If set, from those at least this times as probable as the most probable one."""
     max_cache_tokens: int | None = None
     """Rows decoded at a time, times max_new_tokens: bounds the key/value cache whatever k_x is, up to a factor for rows
-    that have ended and room to grow. Unset: 524,288 on CUDA; 20,480 on CPUs, but not more than 96 rows (80 of a
+    that have ended and room to grow. Unset: 524,288 on CUDA; 20,480 on CPUs, but not more than 128 rows (80 of a
     model as wide as 512) where compiled kernels make few of them nearly as fast as many."""
     max_prompt_tokens: int = 16384
     """Source tokens encoded at a time, padding included."""
