@@ -105,6 +105,7 @@ def test_waves_read_the_same_prompts_together_to_the_bit(tokenizer, prompts):
         decoder, found = compiled.start(states[0], waves[0]), []
         found += [decoder.step(tokens(3, step)) for step in range(9)]
         decoder.join(states[1], waves[1])
+        assert (decoder.states[0] is decoder.states[1]) == (states[0] is states[1])  # read once, if they are the same
         found += [decoder.step(tokens(7, step)) for step in range(3)]
         decoder.keep([], [3, 1, 0])
         gc.collect()
