@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import mmap
 from pathlib import Path
 
@@ -103,3 +105,33 @@ def test_without_kernels_nothing_is_kept(monkeypatch):
     assert not memory.release()
     with memory.stage_two():
         pass
+
+
+def test_weights_settle_in_huge_pages_each_with_a_storage_of_its_own(native):
+    layer, tied = torch.nn.Linear(900, 700), torch.nn.Linear(900, 700)
+    tied.weight = layer.weight
+    wide = torch.nn.Parameter(torch.randn(9, 9).double())
+    turned = torch.nn.Parameter(torch.randn(9, 8).T)
+    weights = [layer.weight, layer.bias, wide, turned]
+    before, at = [weight.detach().clone() for weight in weights], [weight.data_ptr() for weight in weights]
+    memory.settle(weights)
+    for weight, expected in zip(weights, before, strict=True):
+        assert torch.equal(weight, expected)
+    assert [weight.data_ptr() == place for weight, place in zip(weights, at, strict=True)] == [False, False, True, True]
+    assert tied.weight is layer.weight and layer.weight.is_leaf and layer.weight.requires_grad
+    assert layer.weight.untyped_storage().nbytes() == 4 * 900 * 700
+    copy.deepcopy(layer)(torch.ones(1, 900)).sum().backward()
+    kept = layer.weight.detach()
+    expected = kept.clone()
+    del layer, tied, weights, weight
+    gc.collect()
+    native.large(1 << 24).zero_()  # would take the weights' memory if that were free
+    assert torch.equal(kept, expected)
+
+
+def test_without_kernels_nothing_settles(monkeypatch):
+    monkeypatch.setattr(memory, "kernels", lambda: None)
+    weight = torch.nn.Parameter(torch.randn(5, 5))
+    at = weight.data_ptr()
+    memory.settle([weight])
+    assert weight.data_ptr() == at

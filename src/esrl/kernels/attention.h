@@ -20,6 +20,16 @@ static inline void with_queries(int64_t count, F f) {
     if (count == 1) f(std::integral_constant<int, 1>());
 }
 
+// f(V), V a constant: the vectors of a head.
+template <class F>
+static inline void with_vectors(int64_t count, F f) {
+    if (count == 1) f(std::integral_constant<int, 1>());
+    if (count == 2) f(std::integral_constant<int, 2>());
+    if (count == 4) f(std::integral_constant<int, 4>());
+    if (count == 8) f(std::integral_constant<int, 8>());
+    if (count == 16) f(std::integral_constant<int, 16>());
+}
+
 // Products of Q queries with n keys, `stride` numbers apart, to scores[query * room + key]; up to three more are written.
 template <int V, int Q>
 static void score(const float* const* query, const float* keys, int64_t n, int64_t stride, float* scores, int64_t room) {

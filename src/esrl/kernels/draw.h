@@ -67,15 +67,17 @@ static void draw_row(const float* logits, int64_t filled, float tau, double unif
     if (drawn.max_prob) drawn.max_prob[row] = float(1 / norm);
 }
 
-// Rows of states -> logits, `together` rows at a time in `room` -> tokens. All threads of a team call it.
+// Rows of states -> logits, `together` rows at a time in `room` -> tokens. All threads of a team call it. `after` is read
+// next, or null.
 static void draw(const Linear& projection, Rows states, int64_t rows, const double* tau, const double* uniforms,
-                 int64_t together, float* room, Drawn drawn) {
+                 int64_t together, float* room, Drawn drawn, const Linear* after = nullptr) {
     const int64_t filled = (projection.outputs + SUMMED - 1) / SUMMED * SUMMED;
     const Rows logits{room, filled + W};
     std::vector<double> sums(filled / SUMMED);
     for (int64_t begin = 0; begin < rows; begin += together) {
         const int64_t here = std::min(together, rows - begin);
-        linear(projection, {states.row(begin), states.stride}, here, logits, nullptr, Team());
+        linear(projection, {states.row(begin), states.stride}, here, logits, nullptr, Team(),
+               begin + here < rows ? &projection : after);
 #pragma omp barrier
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < here; i++) {

@@ -1,7 +1,5 @@
 // The interface of the compiled kernels: plain C, called from Python through ctypes (native.py says what is passed).
-#include <atomic>
-
-#include "draw.h"
+#include "decode.h"
 #include "encoder.h"
 #include "gradient.h"
 #include "memory.h"
@@ -10,21 +8,6 @@
 #include "training_attention.h"
 
 using namespace esrl;
-
-// Multiplications and additions of matrix products and attention so far: PyTorch's counter does not see them.
-static std::atomic<int64_t> operations{0};
-
-static void count(const Linear& l, int64_t rows) { operations += 2 * rows * l.inputs * l.outputs; }
-
-// f(V), V a constant: the vectors of a head.
-template <class F>
-static void with_vectors(int64_t count, F f) {
-    if (count == 1) f(std::integral_constant<int, 1>());
-    if (count == 2) f(std::integral_constant<int, 2>());
-    if (count == 4) f(std::integral_constant<int, 4>());
-    if (count == 8) f(std::integral_constant<int, 8>());
-    if (count == 16) f(std::integral_constant<int, 16>());
-}
 
 extern "C" {
 
@@ -107,13 +90,7 @@ int64_t esrl_join(Decoder* decoder, const Prompts* prompts, const int64_t* promp
 
 // Go on with these rows, in this order; each at most once.
 int64_t esrl_keep(Decoder* decoder, const int64_t* kept, int64_t rows) try {
-    std::vector<Row> next;
-    next.reserve(rows);
-    for (int64_t r = 0; r < rows; r++) next.push_back(std::move(decoder->rows[kept[r]]));
-    for (Row& row : decoder->rows)
-        decoder->free_pages.insert(decoder->free_pages.end(), row.pages.begin(), row.pages.end());
-    decoder->rows = std::move(next);
-    decoder->arrange();
+    decoder->keep(kept, rows);
     return 1;
 } catch (const std::bad_alloc&) {
     return 0;
@@ -121,32 +98,17 @@ int64_t esrl_keep(Decoder* decoder, const int64_t* kept, int64_t rows) try {
 
 // Last tokens -> (rows, width) states for the next ones, `stride` numbers apart. 0: no memory.
 int64_t esrl_step(Decoder* decoder, const int64_t* tokens, float* out, int64_t stride) try {
-    const Marian& model = *decoder->model;
-    const int64_t rows = decoder->rows.size(), width = model.width;
-    for (Row& row : decoder->rows)
-        if (row.position % PAGE == 0) row.pages.push_back(decoder->new_page());
-    // a row's end is not a whole number of pages from the next one's: rows would share a few places in the cache
-    const int64_t wide = 3 * width + W, narrow = width + W, inner = model.inner + W;
-    decoder->room.resize(rows * (wide + narrow + inner));
-    float* at = decoder->room.data();
-    const Rows projected{at, wide}, mixed{at + rows * wide, narrow}, between{at + rows * (wide + narrow), inner};
-    with_vectors(width / model.heads / W, [&](auto vectors) {
-#pragma omp parallel num_threads(decoder->threads)
-        layers<decltype(vectors)::value>(*decoder, tokens, {out, stride}, projected, mixed, between);
-    });
-    for (int64_t l = 0; l < model.num_layers; l++) {
-        const Layer& layer = model.layers[l];
-        for (const Linear* each : {&layer.query, &layer.key, &layer.value, &layer.mixed, &layer.cross_query,
-                                   &layer.cross_mixed, &layer.inner, &layer.outer})
-            count(*each, rows);
-    }
-    for (Row& row : decoder->rows) {
-        row.position++;
-        operations += 4 * model.num_layers * width * (row.position + row.prompts->length);
-    }
+    step(*decoder, tokens, {out, stride});
     return 1;
 } catch (const std::bad_alloc&) {
     return 0;
+}
+
+// At most so many steps of whole samples. 1: there is nothing left to do, 0: there is, -1: no memory.
+int64_t esrl_sample(Decoder* decoder, const Linear* projection, Sampling* sampling, int64_t steps) try {
+    return sample(*decoder, *projection, *sampling, steps);
+} catch (const std::bad_alloc&) {
+    return -1;
 }
 
 // Numbers of the room that `esrl_encode` needs.

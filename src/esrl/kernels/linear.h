@@ -3,6 +3,8 @@
 // A tile of at most TILE rows times BLOCK outputs stays in registers while the weights stream past once. Each output is
 // the sum of the same numbers in the same order however many rows there are: results do not depend on the batch.
 #pragma once
+#include <atomic>
+
 #include "tiles.h"
 
 namespace esrl {
@@ -29,6 +31,10 @@ struct Linear {
     int64_t tiles;  // whether the product is in tiles: the weight is then as it is, not laid out
 };
 
+// Multiplications and additions of matrix products and attention so far: PyTorch's counter does not see them.
+inline std::atomic<int64_t> operations{0};
+
+static inline void count(const Linear& l, int64_t rows) { operations += 2 * rows * l.inputs * l.outputs; }
 
 // A block of a layer's outputs: its weights laid out, its bias if there is one.
 struct Block {

@@ -45,6 +45,7 @@ struct Row {
     const Prompts* prompts;
     int64_t prompt, position;
     std::vector<float*> pages;
+    int64_t id = 0;  // of whoever asks for the row
 };
 
 // Rows of one prompt: first ... last in the order of prompts.
@@ -99,6 +100,16 @@ struct Decoder {
             }
             groups.push_back({i, i + 1});
         }
+    }
+
+    // Go on with these rows, in this order; each at most once.
+    void keep(const int64_t* kept, int64_t count) {
+        std::vector<Row> next;
+        next.reserve(count);
+        for (int64_t r = 0; r < count; r++) next.push_back(std::move(rows[kept[r]]));
+        for (Row& row : rows) free_pages.insert(free_pages.end(), row.pages.begin(), row.pages.end());
+        rows = std::move(next);
+        arrange();
     }
 
     ~Decoder() {
@@ -191,9 +202,10 @@ static void cross_attention(const Decoder& decoder, Group group, int64_t layer, 
     }
 }
 
-// All threads of a team call it; `hidden` has the result.
+// All threads of a team call it; `hidden` has the result. `after` is read next, or null.
 template <int V>
-static void layers(Decoder& decoder, const int64_t* tokens, Rows hidden, Rows projected, Rows mixed, Rows inner) {
+static void layers(Decoder& decoder, const int64_t* tokens, Rows hidden, Rows projected, Rows mixed, Rows inner,
+                   const Linear* after) {
     const Marian& model = *decoder.model;
     const int64_t count = decoder.rows.size(), width = model.width, groups = decoder.groups.size();
     const Team team;
@@ -215,7 +227,7 @@ static void layers(Decoder& decoder, const int64_t* tokens, Rows hidden, Rows pr
                                          load(model.positions + decoder.rows[r].position * width + i));
     for (int64_t l = 0; l < model.num_layers; l++) {
         const Layer& layer = model.layers[l];
-        const Linear* next = l + 1 < model.num_layers ? &model.layers[l + 1].query : nullptr;
+        const Linear* next = l + 1 < model.num_layers ? &model.layers[l + 1].query : after;
         linear(layer.query, hidden, count, query, nullptr, team, &layer.key);
         linear(layer.key, hidden, count, key, nullptr, team, &layer.value);
         linear(layer.value, hidden, count, value, nullptr, team, &layer.mixed);
@@ -242,6 +254,33 @@ static void layers(Decoder& decoder, const int64_t* tokens, Rows hidden, Rows pr
 #pragma omp barrier
         linear(layer.outer, inner, count, hidden, &hidden, team, next);
         norm(layer.final_norm);
+    }
+}
+
+// Last tokens -> (rows, width) states for the next ones.
+static void step(Decoder& decoder, const int64_t* tokens, Rows hidden, const Linear* after = nullptr) {
+    const Marian& model = *decoder.model;
+    const int64_t rows = decoder.rows.size(), width = model.width;
+    for (Row& row : decoder.rows)
+        if (row.position % PAGE == 0) row.pages.push_back(decoder.new_page());
+    // a row's end is not a whole number of pages from the next one's: rows would share a few places in the cache
+    const int64_t wide = 3 * width + W, narrow = width + W, inner = model.inner + W;
+    decoder.room.resize(rows * (wide + narrow + inner));
+    float* at = decoder.room.data();
+    const Rows projected{at, wide}, mixed{at + rows * wide, narrow}, between{at + rows * (wide + narrow), inner};
+    with_vectors(width / model.heads / W, [&](auto vectors) {
+#pragma omp parallel num_threads(decoder.threads)
+        layers<decltype(vectors)::value>(decoder, tokens, hidden, projected, mixed, between, after);
+    });
+    for (int64_t l = 0; l < model.num_layers; l++) {
+        const Layer& layer = model.layers[l];
+        for (const Linear* each : {&layer.query, &layer.key, &layer.value, &layer.mixed, &layer.cross_query,
+                                   &layer.cross_mixed, &layer.inner, &layer.outer})
+            count(*each, rows);
+    }
+    for (Row& row : decoder.rows) {
+        row.position++;
+        operations += 4 * model.num_layers * width * (row.position + row.prompts->length);
     }
 }
 

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-from esrl.kernels.native import loaded
+import torch
+from torch import Tensor
+
+from esrl.kernels.native import Arena, kernels, loaded
 
 
 @contextmanager
@@ -43,3 +47,28 @@ def trim() -> None:
 @cache
 def _malloc_trim() -> Any:
     return getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+
+
+@torch.no_grad()
+def settle(weights: Iterable[Tensor]) -> None:
+    """Move weights that both stages read again and again to huge pages, where the system has some.
+
+    Only float32 on the CPU moves; each keeps a storage of its own.
+    """
+    fitting = [weight for weight in weights if weight.device.type == "cpu" and weight.dtype == torch.float32]
+    native = kernels() if fitting else None
+    if native is None:
+        return
+    arena = Arena(native)
+    for weight in fitting:
+        if weight.numel() and weight.is_contiguous():
+            place = arena.take(weight.numel())
+            place.copy_(weight.view(-1))
+            weight.data = _alone(place).view(weight.shape)
+
+
+def _alone(part: Tensor) -> Tensor:
+    """A part of a tensor as one with a storage of its own: to copy or to save it is not to copy or save the whole."""
+    numbers = (ctypes.c_float * len(part)).from_address(part.data_ptr())
+    weakref.finalize(numbers, part.size).atexit = False  # keeps the part
+    return torch.frombuffer(numbers, dtype=torch.float32)

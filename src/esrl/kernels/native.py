@@ -94,6 +94,7 @@ class Native:
             ("join", integer, [pointer, pointer, pointer, integer]),
             ("keep", integer, [pointer, pointer, integer]),
             ("step", integer, [pointer, pointer, pointer, integer]),
+            ("sample", integer, [pointer, POINTER(LinearStruct), pointer, integer]),
             ("rouge_l", integer, [c_char_p, c_char_p, integer, pointer]),
             ("attention", integer, [pointer, integer, integer, integer]),
             ("encode_room", integer, [pointer, pointer, integer]),

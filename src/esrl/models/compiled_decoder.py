@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, addressof, c_double, c_int64, c_void_p
+from ctypes import POINTER, Structure, addressof, c_double, c_int64, c_void_p, pointer
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,33 @@ class _Marian(Structure):
 
 class _Prompts(Structure):
     _fields_ = (("keys", POINTER(c_void_p)), ("values", POINTER(c_void_p)), ("mask", c_void_p), ("length", c_int64))
+
+
+_RESULTS = ("tokens", "mask", "ended", "log_probs", "sampling_log_probs", "entropy", "max_prob")
+_STEPS = 16
+"""Steps in one call of whole samples: a signal waits for no more than these."""
+
+
+class _Sampling(Structure):
+    _fields_ = (
+        ("prompts", POINTER(_Prompts)),
+        *((name, c_void_p) for name in ("prompt", "starts", "limits", "temperatures", "uniforms", "eos")),
+        *((name, c_int64) for name in ("num_eos", "rows", "steps", "places", "together")),
+        *((name, c_void_p) for name in ("logits", *_RESULTS)),
+        ("begun", c_int64),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """R whole samples, and what each depends on."""
+
+    prompt_index: Tensor  # (R,) int64
+    starts: Tensor  # (R,) int64, first decoder inputs
+    limits: Tensor  # (R,) int64, longest samples
+    temperatures: Tensor  # (R,) float64; 0 takes the most probable token
+    uniforms: Tensor | None  # (steps, R) float64; None where all temperatures are 0
+    eos_tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +133,19 @@ class CompiledMarianDecoder:
         )
 
     def start(self, state: PromptState, prompt_index: Tensor) -> CompiledDecoder:
-        return CompiledDecoder(self, state, prompt_index)
+        decoder = CompiledDecoder(self, state, prompt_index)
+        decoder.join(state, prompt_index)
+        return decoder
+
+    def sample(self, state: PromptState, wanted: Wanted, places: int, logits: int, results: dict[str, Tensor]) -> None:
+        """Draw whole samples without a return to Python between their tokens; the projection must be compiled.
+
+        Args:
+            places: rows decoded at a time; logits: that exist at a time.
+            results: (R, steps) each, zeros: "tokens" int64; "mask", what has been drawn, and "ended", a sample's EOS,
+                bool; "log_probs", "sampling_log_probs" and, to be recorded, "entropy", "max_prob" float32.
+        """
+        CompiledDecoder(self, state, wanted.prompt_index).sample(_shared(state), wanted, places, logits, results)
 
 
 def _layer(weights: LaidOutWeights, layer: Any) -> _Layer:
@@ -126,7 +165,7 @@ class CompiledDecoder:
 
     Args:
         weights: of the decoder.
-        state: the shared state of the prompts of the rows to begin with.
+        state: the shared state of the prompts of the first rows that are to join.
         prompt_index: (R,) int64, each row's prompt.
     """
 
@@ -141,7 +180,6 @@ class CompiledDecoder:
         weakref.finalize(self, self._library.esrl_free, self._handle)
         self.sizes: list[int] = []
         self.states: list[_Shared] = []  # of each wave: what its rows point to
-        self.join(state, prompt_index)
 
     def join(self, state: PromptState, prompt_index: Tensor) -> None:
         """Let more rows begin, behind those that are there."""
@@ -163,6 +201,33 @@ class CompiledDecoder:
         self._check(self._library.esrl_step(self._handle, tokens.data_ptr(), states.data_ptr(), stride))
         return states
 
+    def sample(self, shared: _Shared, wanted: Wanted, places: int, logits: int, results: dict[str, Tensor]) -> None:
+        """As ``CompiledMarianDecoder.sample``; no rows have joined."""
+        projection = self.weights.projection.compiled
+        assert projection is not None, "told to the caller"
+        rows, steps = results["tokens"].shape
+        places = min(places, rows)
+        together = min(places, max(1, logits // projection.outputs))
+        given = [wanted.prompt_index, wanted.starts, wanted.limits, wanted.temperatures]
+        given = [part.contiguous() for part in given]
+        uniforms = None if wanted.uniforms is None else wanted.uniforms.contiguous()
+        eos = torch.tensor(wanted.eos_tokens)
+        room = projection.room(together)
+        sampling = _Sampling(
+            pointer(shared.prompts),
+            *(part.data_ptr() for part in given),
+            None if uniforms is None else uniforms.data_ptr(),
+            eos.data_ptr(),
+            *(len(eos), rows, steps, places, together),
+            room.data_ptr(),
+            *(results[name].data_ptr() if name in results else None for name in _RESULTS),
+            0,
+        )
+        done = 0
+        while not done:
+            done = self._library.esrl_sample(self._handle, projection.struct, addressof(sampling), _STEPS)
+            self._check(done >= 0)
+
     def keep(self, *rows: Sequence[int]) -> None:
         """Go on with these rows of each wave, in this order."""
         kept = behind_each_other(rows, self.sizes)
@@ -170,6 +235,6 @@ class CompiledDecoder:
         self.states = [state for state, part in zip(self.states, rows, strict=True) if len(part)]
         self.sizes = [len(part) for part in rows if len(part)]
 
-    def _check(self, done: int) -> None:
+    def _check(self, done: bool | int) -> None:
         if not done:
             raise MemoryError("there is no memory for more keys and values; set a lower sampling.max_cache_tokens.")

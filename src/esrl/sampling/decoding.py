@@ -1,8 +1,8 @@
 """The loop of stage one: a token for every row, rows that end leave, others take their places.
 
 As many rows are decoded at a time as the cache may hold. Where there are more, a new wave of them begins as soon as
-half of the places are free, beside those that are not done: long samples do not hold up the others, and products stay
-large.
+enough of the places are free, beside those that are not done: long samples do not hold up the others, and products
+stay large. On a CPU the loop itself may be compiled; ``Decoding`` is its slow twin.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from esrl.models.compiled_decoder import CompiledMarianDecoder, Wanted
 from esrl.models.policy import BatchSizes, Decoder, FrozenDecoder, PromptState, behind_each_other
 from esrl.sampling.draw import Drawn, Temperature, draw_tokens
 
@@ -78,13 +79,13 @@ class Output:
         self.tensors = {name: torch.zeros(num_rows, steps, dtype=wide, device=device) for name in names}
         self.tensors["tokens"] = torch.zeros(num_rows, steps, dtype=torch.int64, device=device)
         self.tensors["mask"] = torch.zeros(num_rows, steps, dtype=torch.bool, device=device)
-        self._ended = torch.zeros(num_rows, steps, dtype=torch.bool, device=device)
+        self.tensors["ended"] = torch.zeros(num_rows, steps, dtype=torch.bool, device=device)
         self._waiting: list[_Step] = []
 
     @property
     def finished(self) -> Tensor:
         """(R,) rows that have ended by themselves."""
-        return self._ended.any(1)
+        return self.tensors["ended"].any(1)
 
     def append(self, step: _Step) -> None:
         self._waiting.append(step)
@@ -107,7 +108,7 @@ class Output:
         for name, values in columns.items():
             self.tensors[name][place] = torch.where(real, torch.cat(values), 0)
         self.tensors["mask"][place] = real
-        self._ended[place] = torch.cat([step.ended for step in self._waiting]) & real
+        self.tensors["ended"][place] = torch.cat([step.ended for step in self._waiting]) & real
         self._waiting = []
 
 
@@ -117,6 +118,36 @@ class _Wave:
 
     size: int
     position: int  # steps taken
+
+
+def decode(
+    frozen: FrozenDecoder, work: Work, pace: Pace, eos_tokens: tuple[int, ...], records: tuple[str, ...]
+) -> Output:
+    """Draw all rows of an encoded part, in the compiled loop where there is one (``kernels/decode.h``).
+
+    Args:
+        frozen: the decoder's weights.
+        eos_tokens: what ends a sample.
+        records: what to record per token besides the log-probabilities.
+    """
+    temperature = work.temperature
+    if (
+        not isinstance(frozen, CompiledMarianDecoder)
+        or frozen.projection.compiled is None
+        or temperature.truncation is not None
+    ):
+        return Decoding(frozen, work, pace, eos_tokens, records).run()
+    output = Output(work.rows, int(work.limits.max()), records, torch.float32, work.state.mask.device)
+    wanted = Wanted(
+        prompt_index=work.rows.local,
+        starts=work.starts,
+        limits=work.limits,
+        temperatures=temperature.values.double(),
+        uniforms=None if temperature.greedy else work.uniforms.double(),
+        eos_tokens=eos_tokens,
+    )
+    frozen.sample(work.state, wanted, pace.places, pace.logits, output.tensors)
+    return output
 
 
 class Decoding:

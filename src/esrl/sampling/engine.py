@@ -18,7 +18,7 @@ from esrl.algorithm.streams import sample_uniforms
 from esrl.errors import NumericsError
 from esrl.models.policy import FrozenDecoder, Policy, PromptState
 from esrl.models.precision import autocast
-from esrl.sampling.decoding import Decoding, Output, Pace, Rows, Work
+from esrl.sampling.decoding import Output, Pace, Rows, Work, decode
 from esrl.sampling.draw import Temperature, Truncation
 from esrl.types import Prompts, Rollouts, SamplingPlan
 
@@ -48,7 +48,7 @@ class SamplingConfig:
     """Source tokens encoded at a time, padding included."""
     compaction_share: float | None = None
     """Finished rows are dropped from the batch once they are about this share of it; 0 drops them as soon as can be.
-    Unset: 0.03 with compiled kernels, 0.125 without."""
+    Unset: 0.03 with compiled kernels, 0.125 without. The compiled loop (``decoding.decode``) always does."""
     max_logits: int | None = None
     """Logits computed at a time. Unset: on CPUs 1,048,576, so that they stay in the cache, but those of 16 rows at
     least; 67,108,864 on CUDA."""
@@ -164,7 +164,7 @@ class EngineSampler:
             uniforms=uniforms.to(device),
             temperature=replace(temperature, values=temperature.values.to(device)),
         )
-        return Decoding(frozen, work, self._pace(frozen), self.policy.eos_tokens, request.records).run()
+        return decode(frozen, work, self._pace(frozen), self.policy.eos_tokens, request.records)
 
     def _pace(self, frozen: FrozenDecoder) -> Pace:
         """The limits; what is left to device and decoder where the configuration does not say it."""
