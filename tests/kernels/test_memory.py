@@ -108,8 +108,7 @@ def test_without_kernels_nothing_is_kept(monkeypatch):
 
 
 def test_weights_settle_in_huge_pages_each_with_a_storage_of_its_own(native):
-    layer, tied = torch.nn.Linear(900, 700), torch.nn.Linear(900, 700)
-    tied.weight = layer.weight
+    layer = torch.nn.Linear(900, 700)
     wide = torch.nn.Parameter(torch.randn(9, 9).double())
     turned = torch.nn.Parameter(torch.randn(9, 8).T)
     weights = [layer.weight, layer.bias, wide, turned]
@@ -118,15 +117,27 @@ def test_weights_settle_in_huge_pages_each_with_a_storage_of_its_own(native):
     for weight, expected in zip(weights, before, strict=True):
         assert torch.equal(weight, expected)
     assert [weight.data_ptr() == place for weight, place in zip(weights, at, strict=True)] == [False, False, True, True]
-    assert tied.weight is layer.weight and layer.weight.is_leaf and layer.weight.requires_grad
+    assert layer.weight.is_leaf and layer.weight.requires_grad
     assert layer.weight.untyped_storage().nbytes() == 4 * 900 * 700
     copy.deepcopy(layer)(torch.ones(1, 900)).sum().backward()
     kept = layer.weight.detach()
     expected = kept.clone()
-    del layer, tied, weights, weight
+    del layer, weights, weight
     gc.collect()
     native.large(1 << 24).zero_()  # would take the weights' memory if that were free
     assert torch.equal(kept, expected)
+
+
+def test_without_memory_weights_stay_where_they_are(native, monkeypatch):
+    weight = torch.nn.Parameter(torch.randn(5, 5))
+    at = weight.data_ptr()
+
+    def none(self, count: int) -> torch.Tensor:
+        raise MemoryError
+
+    monkeypatch.setattr(Arena, "take", none)
+    memory.settle([weight])
+    assert weight.data_ptr() == at
 
 
 def test_without_kernels_nothing_settles(monkeypatch):

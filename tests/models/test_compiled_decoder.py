@@ -11,13 +11,15 @@ from compiled_models import make, with_adapter
 from torch import nn
 
 from esrl.errors import NumericsError
-from esrl.kernels import kernels, operations, why_not
+from esrl.kernels import LaidOut, kernels, operations, why_not
 from esrl.models import attention, seq2seq
 from esrl.models.cached_decoder import FrozenMarianDecoder
 from esrl.models.compiled import fitting_kernels
 from esrl.models.compiled_decoder import CompiledMarianDecoder
 from esrl.models.policy import PromptState
 from esrl.models.seq2seq import MarianPolicy
+from esrl.sampling import engine
+from esrl.sampling.decoding import Decoding, decode
 from esrl.sampling.engine import EngineSampler, SamplingConfig
 from esrl.types import Prompts
 
@@ -130,7 +132,9 @@ def test_a_row_does_not_depend_on_the_others_to_the_bit(tokenizer, prompts):
             assert torch.equal(alone.step(tokens(9, step)[row : row + 1])[0], together[step][row])
 
 
-def test_samples_do_not_depend_on_batch_size_places_or_compaction_to_the_bit(tokenizer, prompts, uneven_plan):
+def test_samples_do_not_depend_on_batch_size_places_or_compaction_to_the_bit(
+    tokenizer, prompts, uneven_plan, monkeypatch
+):
     policy = make(tokenizer)
     pair(policy)
     tight = prompts.select(
@@ -140,7 +144,8 @@ def test_samples_do_not_depend_on_batch_size_places_or_compaction_to_the_bit(tok
         num_samples=torch.full((len(tight),), 7), temperature=torch.full((len(tight),), 0.9).double()
     )
 
-    def draw(**config) -> tuple[torch.Tensor, torch.Tensor]:
+    def draw(twin: bool = False, **config) -> tuple[torch.Tensor, torch.Tensor]:
+        monkeypatch.setattr(engine, "decode", (lambda *args: Decoding(*args).run()) if twin else decode)
         settings = SamplingConfig(max_new_tokens=30, **config)
         rollouts = EngineSampler(policy, settings, seed=5).sample(tight, plan)
         return rollouts.tokens, rollouts.log_probs
@@ -151,8 +156,9 @@ def test_samples_do_not_depend_on_batch_size_places_or_compaction_to_the_bit(tok
         {"compaction_share": 1.0},
         {"compaction_share": 0.0, "max_cache_tokens": 30 * 5, "max_logits": 400},
     ):
-        found = draw(**config)
-        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+        for twin in (False, True):  # the loop in Python, with the compiled step
+            found = draw(twin, **config)
+            assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
 def test_samples_are_those_of_pytorchs_operations(tokenizer, prompts, uneven_plan, monkeypatch):
@@ -177,8 +183,23 @@ def test_weights_that_are_not_numbers_are_found(tokenizer, prompts, make_plan, n
     pair(policy)
     with torch.no_grad():
         policy.model.get_parameter(f"model.decoder.layers.1.{name}.weight").view(-1)[3] = torch.nan
-    with pytest.raises(NumericsError, match="is nan"):
-        EngineSampler(policy, SamplingConfig(max_new_tokens=30), seed=5).sample(prompts, make_plan([2] * 10, 1.0))
+    sampler = EngineSampler(policy, SamplingConfig(max_new_tokens=30), seed=5)
+    for temperature in (1.0, 0.0):
+        with pytest.raises(NumericsError, match="is nan"):
+            sampler.sample(prompts, make_plan([2] * 10, temperature))
+
+
+def test_no_token_behind_the_vocabulary_is_the_most_probable_one(tokenizer, prompts):
+    """Where logits are not numbers, what a row is filled up with is more than they are."""
+    compiled, _ = pair(make(tokenizer))
+    projection = compiled.projection.compiled
+    assert projection is not None
+    hidden = torch.full((3, 64), torch.nan)
+    for vocabulary in (projection.outputs, 128 - 16, 128 - 17):  # filled up with whole vectors, and with less
+        layer = LaidOut(projection.native, torch.randn(vocabulary, 64), None)
+        zeros = torch.zeros(3).double()
+        drawn = projection.native.draw(layer, hidden, zeros, zeros, (), 3)
+        assert drawn["tokens"].tolist() == [0] * 3 and bool(drawn["log_probs"].isnan().all())
 
 
 def test_adapters_count(tokenizer, prompts):

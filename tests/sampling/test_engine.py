@@ -471,3 +471,9 @@ def test_batch_sizes_are_few():
 
 def test_compiled_kernels_take_any_batch_size():
     assert [batch_size(rows, "any") for rows in (1, 9, 65)] == [1, 9, 65]
+
+
+def test_records_of_other_names_are_refused(random64, prompts, make_plan):
+    sampler = EngineSampler(random64, SamplingConfig(max_new_tokens=LONGEST), seed=5)
+    with pytest.raises(ValueError, match="records are entropy, max_prob; there is no 'perplexity'"):
+        sampler.sample(prompts, make_plan([1] * 10, 1.0), records=("perplexity",))

@@ -41,7 +41,7 @@ static void draw_row(const float* logits, int64_t filled, float tau, double unif
     const double log_norm = std::log(norm);
     int64_t token = -1;
     if (greedy) {
-        for (int64_t i = 0; i < filled && token < 0; i++)
+        for (int64_t i = 0; i < filled && token < 0 && top > NEVER; i++)
             if (logits[i] == top) token = i;
     } else {
         const double target = uniform * whole;  // below `whole`: a uniform number is 1 - 2^-53 at most

@@ -3,6 +3,7 @@
 With long sources stage one is in huge pages of its own, kept from call to call (``memory.h``); stage two's memory comes
 from malloc, which keeps it likewise. Each gives back what it has kept before the other one begins: the peak is that of
 one stage, not of both. With short sources both are in malloc's memory, and nothing is given back.
+Trained weights are in huge pages, too, which stay theirs.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import ctypes
 import os
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
@@ -53,18 +54,19 @@ def _malloc_trim() -> Any:
 def settle(weights: Iterable[Tensor]) -> None:
     """Move weights that both stages read again and again to huge pages, where the system has some.
 
-    Only float32 on the CPU moves; each keeps a storage of its own.
+    Only float32 on the CPU moves, as far as there is memory for it; each has a storage of its own.
     """
     fitting = [weight for weight in weights if weight.device.type == "cpu" and weight.dtype == torch.float32]
     native = kernels() if fitting else None
     if native is None:
         return
     arena = Arena(native)
-    for weight in fitting:
-        if weight.numel() and weight.is_contiguous():
-            place = arena.take(weight.numel())
-            place.copy_(weight.view(-1))
-            weight.data = _alone(place).view(weight.shape)
+    with suppress(MemoryError):  # those that are left stay where they are
+        for weight in fitting:
+            if weight.numel() and weight.is_contiguous():
+                place = arena.take(weight.numel())
+                place.copy_(weight.view(-1))
+                weight.data = _alone(place).view(weight.shape)
 
 
 def _alone(part: Tensor) -> Tensor:

@@ -139,7 +139,7 @@ class Native:
         if not handle:
             raise MemoryError(f"there is no memory for {count} numbers; set a lower sampling.max_prompt_tokens.")
         numbers = (c_float * count).from_address(self.library.esrl_large_data(handle))
-        weakref.finalize(numbers, self.library.esrl_large_free, handle)
+        weakref.finalize(numbers, self.library.esrl_large_free, handle).atexit = False
         return torch.frombuffer(numbers, dtype=torch.float32)
 
     def draw(

@@ -1,4 +1,7 @@
-"""Stage one's decoder step in one compiled call (``kernels/marian.h``); ``cached_decoder`` is its slow twin."""
+"""Stage one's decoder step in one compiled call (``kernels/marian.h``), or whole samples (``kernels/decode.h``).
+
+Their slow twins are ``cached_decoder`` and ``sampling.decoding.Decoding``.
+"""
 
 from __future__ import annotations
 
@@ -145,7 +148,8 @@ class CompiledMarianDecoder:
             results: (R, steps) each, zeros: "tokens" int64; "mask", what has been drawn, and "ended", a sample's EOS,
                 bool; "log_probs", "sampling_log_probs" and, to be recorded, "entropy", "max_prob" float32.
         """
-        CompiledDecoder(self, state, wanted.prompt_index).sample(_shared(state), wanted, places, logits, results)
+        decoder = CompiledDecoder(self, state, wanted.prompt_index[:places])
+        decoder.sample(_shared(state), wanted, places, logits, results)
 
 
 def _layer(weights: LaidOutWeights, layer: Any) -> _Layer:

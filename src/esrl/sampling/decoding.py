@@ -44,7 +44,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How the work is done; none of it changes what is drawn."""
+    """How the work is done; none of it changes what is drawn. The compiled loop looks at the first two alone."""
 
     places: int  # rows decoded at a time
     logits: int  # logits that exist at a time

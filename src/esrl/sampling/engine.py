@@ -22,6 +22,7 @@ from esrl.sampling.decoding import Output, Pace, Rows, Work, decode
 from esrl.sampling.draw import Temperature, Truncation
 from esrl.types import Prompts, Rollouts, SamplingPlan
 
+_RECORDS = ("entropy", "max_prob")
 _PLACES, _WIDE_PLACES, _WIDE = 128, 80, 512
 """Rows at a time with compiled kernels, and for models of this width, whose keys and values take most of the memory."""
 
@@ -48,7 +49,8 @@ class SamplingConfig:
     """Source tokens encoded at a time, padding included."""
     compaction_share: float | None = None
     """Finished rows are dropped from the batch once they are about this share of it; 0 drops them as soon as can be.
-    Unset: 0.03 with compiled kernels, 0.125 without. The compiled loop (``decoding.decode``) always does."""
+    Unset: 0.03 with compiled kernels, 0.125 without. Where the whole loop is compiled (``decoding.decode``), rows are
+    dropped as soon as they end, whatever is set."""
     max_logits: int | None = None
     """Logits computed at a time. Unset: on CPUs 1,048,576, so that they stay in the cache, but those of 16 rows at
     least; 67,108,864 on CUDA."""
@@ -112,8 +114,11 @@ class EngineSampler:
             records: what to record per token besides the log-probabilities: "entropy", "max_prob".
 
         Raises:
+            ValueError: a record of another name.
             NumericsError: the model gave a log-probability that is not finite.
         """
+        if unknown := [name for name in records if name not in _RECORDS]:
+            raise ValueError(f"records are {', '.join(_RECORDS)}; there is no {unknown[0]!r}.")
         # the decoder has its own copies of the weights
         in_precision = autocast(self.policy.device, self.policy.precision, keep=False)
         with _without_dropout(self.policy.model), in_precision:
