@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import gc
 import mmap
+import re
 from pathlib import Path
 
 import pytest
@@ -107,42 +106,64 @@ def test_without_kernels_nothing_is_kept(monkeypatch):
         pass
 
 
-def test_weights_settle_in_huge_pages_each_with_a_storage_of_its_own(native):
-    layer = torch.nn.Linear(900, 700)
-    wide = torch.nn.Parameter(torch.randn(9, 9).double())
-    turned = torch.nn.Parameter(torch.randn(9, 8).T)
-    weights = [layer.weight, layer.bias, wide, turned]
-    before, at = [weight.detach().clone() for weight in weights], [weight.data_ptr() for weight in weights]
-    memory.settle(weights)
-    for weight, expected in zip(weights, before, strict=True):
-        assert torch.equal(weight, expected)
-    assert [weight.data_ptr() == place for weight, place in zip(weights, at, strict=True)] == [False, False, True, True]
-    assert layer.weight.is_leaf and layer.weight.requires_grad
-    assert layer.weight.untyped_storage().nbytes() == 4 * 900 * 700
-    copy.deepcopy(layer)(torch.ones(1, 900)).sum().backward()
-    kept = layer.weight.detach()
-    expected = kept.clone()
-    del layer, weights, weight
-    gc.collect()
-    native.large(1 << 24).zero_()  # would take the weights' memory if that were free
-    assert torch.equal(kept, expected)
+def huge(tensor: torch.Tensor) -> int:
+    """Bytes in huge pages of the mappings that a tensor lies in."""
+    begin, end, counts, inside = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if line.startswith("AnonHugePages:") and inside:
+            counts += int(line.split()[1]) * 1024
+        elif re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            first, last = (int(place, 16) for place in line.split()[0].split("-"))
+            inside = first < end and begin < last
+    return counts
 
 
-def test_without_memory_weights_stay_where_they_are(native, monkeypatch):
-    weight = torch.nn.Parameter(torch.randn(5, 5))
-    at = weight.data_ptr()
+def collapses_here() -> bool:
+    """Whether this system puts memory into huge pages when asked: a mapping of its own, asked directly."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return False
+    area = mmap.mmap(-1, 8 << 20)
+    area.write(b"1" * (8 << 20))
+    try:
+        area.madvise(25)  # MADV_COLLAPSE
+    except OSError:
+        return False
+    return True
 
-    def none(self, count: int) -> torch.Tensor:
-        raise MemoryError
 
-    monkeypatch.setattr(Arena, "take", none)
-    memory.settle([weight])
-    assert weight.data_ptr() == at
+@pytest.mark.skipif(not collapses_here(), reason="this system puts nothing into huge pages when asked")
+def test_weights_come_into_huge_pages_where_they_lie():
+    weight = torch.nn.Parameter(torch.randn(4096, 4096))  # 64 MB: of the system, not of malloc's heap
+    at, before = weight.data_ptr(), weight.detach().clone()
+    already = huge(weight)
+    memory.collapse([weight])
+    assert huge(weight) - already > weight.nbytes - (8 << 20)
+    assert weight.data_ptr() == at and torch.equal(weight, before)
 
 
-def test_without_kernels_nothing_settles(monkeypatch):
-    monkeypatch.setattr(memory, "kernels", lambda: None)
-    weight = torch.nn.Parameter(torch.randn(5, 5))
-    at = weight.data_ptr()
-    memory.settle([weight])
-    assert weight.data_ptr() == at
+def test_what_cannot_come_into_huge_pages_stays(monkeypatch):
+    weights = [torch.nn.Parameter(torch.randn(5, 5)), torch.nn.Parameter(torch.randn(1000, 1000))]
+    before = [weight.detach().clone() for weight in weights]
+    memory.collapse([])
+    memory.collapse([*weights, torch.empty(3, device="meta")])
+    monkeypatch.setattr(memory, "_madvise", lambda: None)
+    memory.collapse(weights)
+    assert all(torch.equal(weight, expected) for weight, expected in zip(weights, before, strict=True))
+
+
+def test_neighbours_are_taken_together(monkeypatch):
+    """A page holds several weights, in whatever order; what lies between two pages is left."""
+    asked: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(memory, "_madvise", lambda: lambda *call: asked.append(call))
+    page = 2 << 20
+    numbers = torch.empty(4 * page)  # of 4 bytes: 16 pages
+    start = -numbers.data_ptr() % page // 4
+    whole = numbers[start : start + 7 * page // 4]
+    size = len(whole) // 7
+    first, second, far = whole[: 2 * size - 8], whole[2 * size : 4 * size + 8], whole[5 * size + 8 : 7 * size - 8]
+    memory.collapse([far, second, first])
+    at = whole.data_ptr()
+    assert asked == [(at, 4 * page, 25)]
+    asked.clear()
+    memory.collapse([whole[8 : size + 8]])  # a page's size, but no whole page
+    assert not asked

@@ -3,23 +3,27 @@
 With long sources stage one is in huge pages of its own, kept from call to call (``memory.h``); stage two's memory comes
 from malloc, which keeps it likewise. Each gives back what it has kept before the other one begins: the peak is that of
 one stage, not of both. With short sources both are in malloc's memory, and nothing is given back.
-Trained weights are in huge pages, too, which stay theirs.
+Trained weights are in huge pages, too.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import weakref
+import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from esrl.kernels.native import Arena, kernels, loaded
+from esrl.kernels.native import loaded
+
+_HUGE_PAGE = 2 << 20
+_GAP = 1 << 16
+"""Bytes between neighbours, less than this: what the allocator puts between them, and small tensors."""
+_MADV_COLLAPSE = 25
 
 
 @contextmanager
@@ -50,27 +54,37 @@ def _malloc_trim() -> Any:
     return getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
 
 
-@torch.no_grad()
-def settle(weights: Iterable[Tensor]) -> None:
-    """Move weights that both stages read again and again to huge pages, where the system has some.
+def collapse(weights: Iterable[Tensor]) -> None:
+    """Put weights on the CPU that both stages read again and again in huge pages, where they lie.
 
-    Only float32 on the CPU moves, as far as there is memory for it; each has a storage of its own.
+    Linux can do that from 6.1 on; elsewhere, and where it has no huge page free, they stay as they are. Neighbours are
+    taken together, since a page of 2 MB holds more than one weight.
     """
-    fitting = [weight for weight in weights if weight.device.type == "cpu" and weight.dtype == torch.float32]
-    native = kernels() if fitting else None
-    if native is None:
+    if (function := _madvise()) is None:
         return
-    arena = Arena(native)
-    with suppress(MemoryError):  # those that are left stay where they are
-        for weight in fitting:
-            if weight.numel() and weight.is_contiguous():
-                place = arena.take(weight.numel())
-                place.copy_(weight.view(-1))
-                weight.data = _alone(place).view(weight.shape)
+    for begin, end in _neighbours(weights):
+        first, last = -(-begin // _HUGE_PAGE) * _HUGE_PAGE, end // _HUGE_PAGE * _HUGE_PAGE
+        if first < last:
+            function(first, last - first, _MADV_COLLAPSE)
 
 
-def _alone(part: Tensor) -> Tensor:
-    """A part of a tensor as one with a storage of its own: to copy or to save it is not to copy or save the whole."""
-    numbers = (ctypes.c_float * len(part)).from_address(part.data_ptr())
-    weakref.finalize(numbers, part.size).atexit = False  # keeps the part
-    return torch.frombuffer(numbers, dtype=torch.float32)
+def _neighbours(weights: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """Where weights begin and end in memory, one after the other as one."""
+    result: list[tuple[int, int]] = []
+    places = [
+        (weight.data_ptr(), weight.data_ptr() + weight.nbytes) for weight in weights if weight.device.type == "cpu"
+    ]
+    for begin, end in sorted(places):
+        if result and begin - result[-1][1] < _GAP:
+            begin, end = result[-1][0], max(end, result.pop()[1])
+        result.append((begin, end))
+    return result
+
+
+@cache
+def _madvise() -> Any:
+    if sys.platform != "linux":
+        return None
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return function

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from esrl.errors import NumericsError
-from esrl.kernels.memory import settle
+from esrl.kernels.memory import collapse
 
 # far beyond any use, and still far from what overflows float32 inside AdamW
 _LARGEST = 1e6
@@ -75,7 +75,7 @@ class Optimizer:
         self.config = config
         self.names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        settle(self.parameters)
+        collapse(self.parameters)
         self.adam = torch.optim.AdamW(
             self.parameters,
             lr=config.learning_rate,
