@@ -3,7 +3,7 @@
 With long sources stage one is in huge pages of its own, kept from call to call (``memory.h``); stage two's memory comes
 from malloc, which keeps it likewise. Each gives back what it has kept before the other one begins: the peak is that of
 one stage, not of both. With short sources both are in malloc's memory, and nothing is given back.
-Trained weights are in huge pages, too.
+Trained weights are in huge pages, too, where the system can do that.
 """
 
 from __future__ import annotations
@@ -76,8 +76,9 @@ def _neighbours(weights: Iterable[Tensor]) -> list[tuple[int, int]]:
     ]
     for begin, end in sorted(places):
         if result and begin - result[-1][1] < _GAP:
-            begin, end = result[-1][0], max(end, result.pop()[1])
-        result.append((begin, end))
+            result[-1] = (result[-1][0], max(end, result[-1][1]))
+        else:
+            result.append((begin, end))
     return result
 
 
