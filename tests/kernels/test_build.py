@@ -46,6 +46,22 @@ def test_they_are_built_once(empty_cache, tmp_path, monkeypatch):
     assert sum(" -c " in line for line in lines) == 1 and lines[-1] == "--version"
 
 
+def test_the_allocator_is_built_for_this_pytorch(empty_cache, monkeypatch):
+    needs_compiler()
+    first = build.allocator()
+    assert build.allocator() == first and first.name.startswith("allocator-")
+    monkeypatch.setattr(build.torch, "__version__", "another")
+    assert build.allocator() != first
+
+
+def test_a_pytorch_without_headers(empty_cache, tmp_path, monkeypatch):
+    needs_compiler()
+    monkeypatch.setattr(build.torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
+    with pytest.raises(CannotBuildError, match=r"CPUAllocator\.h"):
+        build.allocator()
+    assert os.listdir(empty_cache) == []
+
+
 def test_another_compiler_version_builds_anew(empty_cache, tmp_path, monkeypatch):
     real = needs_compiler()
     names = set()

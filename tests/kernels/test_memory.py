@@ -1,109 +1,253 @@
-"""Huge pages of stage one: kept from call to call, given back before stage two."""
+"""Memory of the two stages: a pool in huge pages, which PyTorch's tensors come from within a stage."""
 
 from __future__ import annotations
 
+import copy
+import functools
 import mmap
+import os
+import random
 import re
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from esrl.kernels import LaidOut, Native, kernels, memory, why_not
-from esrl.kernels.native import Arena
+from esrl.kernels import Native, build, kernels, memory, why_not
+from esrl.sampling.engine import EngineSampler, SamplingConfig
+from esrl.training.gradient import GradientConfig, StageTwo
+from esrl.training.oom import is_out_of_memory
+
+CPU = torch.device("cpu")
+MB = 1 << 20
 
 
 @pytest.fixture
-def native() -> Native:
-    found = kernels()
+def pool() -> Iterator[Native]:
+    found = memory._pool()
     if found is None:
-        pytest.skip(f"no compiled kernels: {why_not()}")
+        pytest.skip(f"PyTorch has no pool here: {why_not() or 'its allocator cannot be built'}")
     memory.release()
-    return found
+    yield found
 
 
-def test_memory_is_kept_for_the_next_one(native):
-    first = native.large(1 << 20)
-    assert first.shape == (1 << 20,) and first.dtype == torch.float32
-    first.fill_(1)
-    at = first.data_ptr()
-    part = first[5:10]
-    del first
-    assert native.large(1 << 20).data_ptr() != at  # a part of it is still there
-    assert part.tolist() == [1] * 5
-    del part
-    smaller = native.large(1 << 19)  # half as much may have it
-    both = {at} | {smaller.data_ptr()}
-    del smaller
-    assert native.large(1 << 20).data_ptr() in both
+def in_pool(tensor: torch.Tensor) -> bool:
+    """Whether it lies in a mapping that has addresses for half of the memory there is: nothing else is so large."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        first, last = (int(place, 16) for place in line.split()[0].split("-"))
+        if first <= tensor.data_ptr() < last:
+            return last - first > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    raise AssertionError("it lies nowhere")
 
 
-def test_much_is_not_kept_for_little(native):
-    large = native.large(1 << 23)
-    at = large.data_ptr()
-    del large
-    little = native.large(10)
-    assert little.data_ptr() != at
-    assert native.large(1 << 23).data_ptr() == at
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
-def mapped() -> int:
-    """Bytes of this process's address space."""
-    return int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
+def test_where_this_machine_has_a_compiler_there_is_a_pool():
+    if kernels() is None:
+        pytest.skip(f"no compiled kernels: {why_not()}")
+    assert memory._pool() is not None, build.allocator()
 
 
-def test_batches_that_grow_do_not_pile_up(native):
-    before = mapped()
-    sizes = [round((1 << 24) * 1.2**i) for i in range(12)]
-    for count in sizes:
-        native.large(count)
-    # by halves at most: what is kept is less than twice the largest
-    assert mapped() - before < 2.2 * 4 * sizes[-1] < 4 * sum(sizes) / 2
+def test_tensors_come_from_the_pool_within_a_stage(pool):
+    with memory.stage(CPU):
+        inside = [torch.ones(MB), torch.ones(9_000), torch.ones(9_001)]
+        little = torch.ones(100)
+        with memory.stage(CPU):
+            inside.append(inside[0] + 1)
+        inside.append(inside[0] * 3)
+        with memory.stage(torch.device("meta")):
+            inside.append(inside[0] - 1)
+    outside = [little, torch.ones(MB), inside[0].clone()]
+    with memory.stage(torch.device("meta")):
+        outside.append(torch.ones(MB))
+    assert all(map(in_pool, inside)) and not any(map(in_pool, outside))
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in inside)
+    assert [float(tensor.sum()) for tensor in inside] == [MB, 9_000, 9_001, 2 * MB, 3 * MB, 0]
 
 
-def test_no_memory_is_said(native):
-    with pytest.raises(MemoryError, match="there is no memory for 1099511627776000 numbers"):
-        native.large(1_099_511_627_776_000)
-
-
-def test_tensors_of_an_arena_lie_side_by_side(native):
-    arena = Arena(native)
-    first, second = arena.take(20), arena.take(20)
-    assert second.data_ptr() - first.data_ptr() == 128
-    first.fill_(1)
-    second.fill_(2)
-    assert first.tolist() == [1] * 20 and second.tolist() == [2] * 20
-    assert arena.take(1 << 25).shape == (1 << 25,)  # more than it gets at a time
-
-
-def test_a_layer_in_an_arena_is_the_same(native):
-    weight, hidden = torch.randn(100, 70), torch.randn(9, 70)
-    assert torch.equal(
-        LaidOut(native, weight, None, arena=Arena(native))(hidden), LaidOut(native, weight, None)(hidden)
-    )
-
-
-def test_stage_two_takes_over_what_is_kept(native, monkeypatch):
-    trimmed: list[int] = []
-    monkeypatch.setattr(memory, "trim", lambda: trimmed.append(1))
-    with memory.stage_two():
-        pass
-    assert not trimmed  # nothing was kept: stage one was in malloc's memory
-    native.large(1 << 20)
-    with memory.stage_two():
-        assert not memory.release() and not trimmed
-    assert trimmed
-    native.large(1 << 20)
-    with pytest.raises(ValueError, match="stage two"), memory.stage_two():
+def test_a_stage_that_fails_is_left(pool):
+    with pytest.raises(ValueError, match="stage two"), memory.stage(CPU):
         raise ValueError("stage two")
-    assert len(trimmed) == 2
+    assert not in_pool(torch.ones(MB))
 
 
-def test_without_kernels_nothing_is_kept(monkeypatch):
-    monkeypatch.setattr(memory, "loaded", lambda: None)
-    assert not memory.release()
-    with memory.stage_two():
-        pass
+def test_a_stage_is_one_threads_own(pool):
+    """What it has made may be given back anywhere."""
+    made: list[torch.Tensor] = []
+    with memory.stage(CPU):
+        other = threading.Thread(target=lambda: made.append(torch.ones(MB)))
+        other.start()
+        other.join()
+        mine = [torch.ones(MB)]
+    at = mine[0].data_ptr()
+    assert not in_pool(made[0]) and in_pool(mine[0])
+    other = threading.Thread(target=mine.clear)
+    other.start()
+    other.join()
+    with memory.stage(CPU):
+        assert torch.empty(MB).data_ptr() == at
+
+
+def test_the_lowest_place_with_room_is_taken(pool):
+    with memory.stage(CPU):
+        low, middle, high, last = (torch.empty(MB) for _ in range(4))
+        places = [tensor.data_ptr() for tensor in (low, middle, high, last)]
+        assert places == sorted(places)
+        del high
+        del low
+        assert torch.empty(MB // 2).data_ptr() == places[0]
+        more = torch.empty(MB + 1000)
+        assert more.data_ptr() > places[3]  # two places, and neither has room enough
+        del middle  # now they are one
+        assert torch.empty(3 * MB).data_ptr() == places[0]
+
+
+def test_what_is_in_use_is_nobody_elses(pool):
+    """Tensors of all sizes come and go in any order; each keeps its numbers, and all of it is one place in the end."""
+    rng, alive = random.Random(1), []
+    with memory.stage(CPU):
+        first = torch.empty(MB).data_ptr()
+        for number in range(2000):
+            if alive and rng.random() < 0.5:
+                tensor, value = alive.pop(rng.randrange(len(alive)))
+                assert bool((tensor == value).all())
+                if rng.random() < 0.1:
+                    del tensor
+                    memory.release()
+            else:
+                alive.append((torch.full((rng.choice([9_000, 12_345, 300_000]) + rng.randrange(99),), number), number))
+        assert all(bool((tensor == value).all()) for tensor, value in alive)
+        alive.clear()
+        del tensor
+        assert torch.empty(100 * MB).data_ptr() == first
+
+
+def test_threads_share_it(pool):
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        with memory.stage(CPU):
+            for turn in range(3000):
+                tensors = [torch.full((9_000 + 997 * (turn % 7),), number) for _ in range(3)]
+                wrong.extend(number for tensor in tensors[turn % 2 :] if not bool((tensor == number).all()))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_pages_without_anything_go_back(pool):
+    with memory.stage(CPU):
+        low, middle, high = (torch.ones(64 * MB) for _ in range(3))
+    before, places = resident(), (low.data_ptr(), high.data_ptr())
+    del low, high
+    assert resident() > before - 16 * MB  # until somebody asks
+    memory.release()
+    assert before - 512 * MB - 16 * MB < resident() < before - 512 * MB + 16 * MB
+    with memory.stage(CPU):
+        again = torch.full((64 * MB,), 2.0), torch.full((64 * MB,), 3.0)
+    assert (again[0].data_ptr(), again[1].data_ptr()) == places
+    assert bool((middle == 1).all()) and resident() > before - 16 * MB
+    del again
+    memory.release()
+    assert resident() > before - 512 * MB - 16 * MB  # the middle
+    del middle
+    memory.release()
+    assert resident() < before - 768 * MB + 16 * MB
+
+
+def test_a_tensor_that_grows_outside_of_a_stage(pool):
+    with memory.stage(CPU):
+        tensor = torch.arange(MB)
+    tensor.resize_(2 * MB)
+    assert not in_pool(tensor) and torch.equal(tensor[:MB], torch.arange(MB))
+
+
+def test_a_lack_of_memory_is_said_as_ever(pool):
+    with memory.stage(CPU), pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 46)
+    assert is_out_of_memory(caught.value)
+
+
+def test_the_profiler_sees_it(pool):
+    with torch.profiler.profile(profile_memory=True) as profile, memory.stage(CPU):
+        tensor = torch.empty(MB)
+        del tensor
+    sizes = [event.self_cpu_memory_usage for event in profile.events()]
+    assert 4 * MB in sizes and -4 * MB in sizes
+
+
+def test_children_go_on_with_it(pool):
+    """Forked while another thread is about to take or to give."""
+    done = threading.Event()
+
+    def work() -> None:
+        with memory.stage(CPU):
+            while not done.is_set():
+                torch.empty(10_000)
+
+    other = threading.Thread(target=work)
+    other.start()
+    try:
+        for _ in range(100):
+            if not (child := os.fork()):
+                signal.alarm(10)
+                with memory.stage(CPU):
+                    torch.empty(10_000)
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        done.set()
+        other.join()
+
+
+@pytest.mark.parametrize("missing", ["kernels", "headers", "another allocator"])
+def test_without_a_pool_everything_is_mallocs(pool, missing, monkeypatch):
+    def cannot() -> Path:
+        raise build.CannotBuildError("no such file")
+
+    if missing == "kernels":
+        monkeypatch.setattr(memory, "kernels", lambda: None)
+    if missing == "headers":
+        monkeypatch.setattr(build, "allocator", cannot)
+    # the third: the pool's own is there already
+    none = memory._pool.__wrapped__()
+    assert none is None
+    monkeypatch.setattr(memory, "_pool", functools.cache(lambda: none))
+    with memory.stage(CPU):
+        assert not in_pool(torch.ones(MB))
+    memory.release()
+
+
+def test_both_stages_are_in_the_pool_and_give_the_same_to_the_bit(pool, random32, prompts, make_plan, monkeypatch):
+    policy, inside = copy.deepcopy(random32), []
+    encode, found = policy.encode, {}
+    monkeypatch.setattr(policy, "encode", lambda *args: inside.append(in_pool(torch.ones(MB))) or encode(*args))
+    for name in ("first", "again", "malloc's"):
+        if name == "malloc's":
+            monkeypatch.setattr(memory, "_pool", lambda: None)
+        sampler = EngineSampler(policy, SamplingConfig(max_new_tokens=30), seed=1)
+        rollouts = sampler.sample(prompts, make_plan([40] * len(prompts), 1.0))
+        assert rollouts.tokens.nbytes > 1 << 15 and not in_pool(rollouts.tokens)  # it lives on, not in others' way
+        policy.model.zero_grad()
+        stage_two = StageTwo(policy, GradientConfig())
+        scores = stage_two.log_probs(prompts, rollouts, None, seed=3)
+        stage_two.backward(prompts, rollouts, rollouts.mask.float(), None, seed=3)
+        gradients = [parameter.grad for parameter in policy.model.parameters() if parameter.grad is not None]
+        found[name] = [rollouts.tokens, rollouts.log_probs, scores, *gradients]
+    assert inside == [True] * 6 + [False] * 3 and len(found["first"]) > 40
+    for name in ("again", "malloc's"):
+        for tensor, expected in zip(found[name], found["first"], strict=True):
+            assert torch.equal(tensor, expected)
 
 
 def huge(tensor: torch.Tensor) -> int:

@@ -11,13 +11,13 @@ from compiled_models import make, with_adapter
 from torch import nn
 
 from esrl.errors import NumericsError
-from esrl.kernels import kernels, memory, operations, why_not
-from esrl.models import attention, compiled_decoder, compiled_encoder, seq2seq
+from esrl.kernels import kernels, operations, why_not
+from esrl.models import attention, seq2seq
 from esrl.models.compiled_encoder import CompiledMarianEncoder
 from esrl.models.policy import PromptState
 from esrl.models.seq2seq import MarianPolicy
 from esrl.sampling.engine import EngineSampler, SamplingConfig
-from esrl.types import Prompts, SamplingPlan
+from esrl.types import Prompts
 
 
 @pytest.fixture(autouse=True, params=["vectors", "tiles"])
@@ -172,17 +172,3 @@ def test_operations_are_counted(tokenizer):
     # attention: scores and sums of every pair of a prompt's tokens, 64 wide
     token = 2 * (4 * 64 * 64 + 2 * 64 * 72) + 2 * 2 * 64 * 64
     assert operations() - before == 2 * (10 * token + 2 * 2 * 64 * (7 * 7 + 3 * 3))
-
-
-def test_long_sources_are_in_huge_pages_and_draw_the_same(tokenizer, prompts, monkeypatch):
-    policy = make(tokenizer, 64, 2)
-    sampler = EngineSampler(policy, SamplingConfig(max_new_tokens=20), seed=1)
-    plan = SamplingPlan(num_samples=torch.tensor([3] * len(prompts)), temperature=torch.ones(len(prompts)).double())
-    usual = sampler.sample(prompts, plan)
-    memory.release()
-    for module in (compiled_encoder, compiled_decoder):
-        monkeypatch.setattr(module, "LARGE", 1)
-    for _ in range(2):  # then in memory that has been used
-        found = sampler.sample(prompts, plan)
-        assert torch.equal(found.tokens, usual.tokens) and torch.equal(found.log_probs, usual.log_probs)
-    assert memory.release()

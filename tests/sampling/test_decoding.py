@@ -72,23 +72,6 @@ def test_the_compiled_loop_draws_what_the_twin_does_to_the_bit(
         assert lengths.min() < lengths.max()  # rows have left at different steps
 
 
-def test_much_to_decode_is_in_huge_pages_by_what_is_decoded_at_a_time(policy, prompts, make_plan, monkeypatch):
-    """Ten prompts, one row of each: with four places no more than four of them are read."""
-    asked: list[bool] = []
-    struct = compiled_decoder.CompiledMarianDecoder.struct
-    monkeypatch.setattr(
-        compiled_decoder.CompiledMarianDecoder, "struct", lambda self, large: asked.append(large) or struct(self, large)
-    )
-    numbers = 2 * sum(part.numel() for part in policy.encode(prompts).keys)
-    monkeypatch.setattr(compiled_decoder, "LARGE", numbers // 2)
-    drawn = []
-    for places in (4, 10):
-        settings = SamplingConfig(max_new_tokens=30, max_cache_tokens=30 * places)
-        drawn.append(EngineSampler(policy, settings, seed=5).sample(prompts, make_plan([1] * 10, 1.0)))
-    assert asked == [False, True]
-    assert_same(*drawn)
-
-
 def test_any_end_token_ends_and_nothing_need_be_recorded(policy, prompts, uneven_plan, monkeypatch):
     sampler = EngineSampler(policy, SamplingConfig(max_new_tokens=30), seed=5)
     alone, _ = both(sampler, prompts, uneven_plan, monkeypatch, ())

@@ -37,34 +37,46 @@ def library() -> Path:
     Raises:
         CannotBuildError: no compiler, another system than Linux, a PyTorch without OpenMP, or a compiler that fails.
     """
+    # PyTorch's OpenMP itself, not the compiler's
+    return _built("kernels", _flags(), _openmp())
+
+
+def allocator() -> Path:
+    """What lets PyTorch's tensors come from the kernels' pool; it is built if need be.
+
+    Raises:
+        CannotBuildError: as for the kernels, or a PyTorch without its headers.
+    """
+    folder = Path(torch.__file__).parent
+    headers = [f"-I{folder / 'include'}", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    flags = ["-std=c++20", "-O2", "-fPIC", *headers]
+    return _built("allocator", flags, folder / "lib" / "libc10.so")
+
+
+def _built(name: str, flags: list[str], linked: Path) -> Path:
     compiler = _compiler()
-    threads = _openmp()
-    key = hashlib.sha256("\n".join([*_flags(), _version(compiler), _processor(), str(threads)]).encode())
-    for source in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")]):
+    known = [*flags, _version(compiler), _processor(), str(linked), torch.__version__]
+    key = hashlib.sha256("\n".join(known).encode())
+    for source in sorted([*SOURCES.glob("*.h"), SOURCES / f"{name}.cpp"]):
         key.update(source.read_bytes())
-    name = f"kernels-{key.hexdigest()[:16]}.so"
+    file = f"{name}-{key.hexdigest()[:16]}.so"
     for folder in _folders():
-        if _is_ours(folder) and (folder / name).is_file():
-            return folder / name
-    folder = _writable()
-    _compile(compiler, threads, folder / name)
-    return folder / name
+        if _is_ours(folder) and (folder / file).is_file():
+            return folder / file
+    to = _writable() / file
+    # in a file of its own first: other processes may be about to do the same
+    with tempfile.TemporaryDirectory(dir=to.parent) as temporary:
+        made = Path(temporary) / to.name
+        objects = str(made.with_suffix(".o"))
+        _run([compiler, *flags, "-c", str(SOURCES / f"{name}.cpp"), "-o", objects])
+        _run([compiler, "-shared", objects, str(linked), "-Wl,--no-undefined", "-o", str(made)])
+        made.replace(to)
+    return to
 
 
 def _flags() -> list[str]:
     """Intel's processors fetch the next block; on AMD's something like it was slower (docs/performance.md)."""
     return [*FLAGS, "-DESRL_FETCH_NEXT"] if is_intels() else [*FLAGS]
-
-
-def _compile(compiler: str, threads: Path, to: Path) -> None:
-    """In a file of its own first: other processes may be about to do the same."""
-    with tempfile.TemporaryDirectory(dir=to.parent) as name:
-        made = Path(name) / to.name
-        objects = str(made.with_suffix(".o"))
-        _run([compiler, *_flags(), "-c", str(SOURCES / "kernels.cpp"), "-o", objects])
-        # PyTorch's OpenMP itself, not the compiler's
-        _run([compiler, "-shared", objects, str(threads), "-Wl,--no-undefined", "-o", str(made)])
-        made.replace(to)
 
 
 def _run(command: list[str]) -> None:

@@ -2,7 +2,7 @@
 #include "decode.h"
 #include "encoder.h"
 #include "gradient.h"
-#include "memory.h"
+#include "pool.h"
 #include "product.h"
 #include "rouge.h"
 #include "training_attention.h"
@@ -15,12 +15,12 @@ int64_t esrl_vector() { return W; }
 int64_t esrl_block() { return BLOCK; }
 int64_t esrl_operations() { return operations; }
 
-// Memory for so many numbers, whatever they are, in huge pages. Null: there is none.
-Large* esrl_large(int64_t count) try { return new Large(count); } catch (const std::bad_alloc&) { return nullptr; }
-float* esrl_large_data(const Large* large) { return large->data(); }
-void esrl_large_free(Large* large) { delete large; }
-// Whether there was anything.
-int64_t esrl_release() { return kept().release(); }
+// The pool's memory (pool.h): from here on, until it is left as often, this thread is in a stage.
+void esrl_enter() { Pool::stages++; }
+void esrl_leave() { Pool::stages--; }
+void* esrl_take(size_t bytes) { return Pool::the().take(bytes); }
+bool esrl_give(void* memory) { return Pool::the().give(memory); }
+void esrl_release() { Pool::the().release(); }
 
 void esrl_lay_out(float* weight, int64_t outputs, int64_t inputs, float* to, int64_t threads) {
 #pragma omp parallel num_threads(threads)
@@ -72,9 +72,8 @@ void esrl_weight_gradient(float* gradient, int64_t gradient_stride, float* x, in
 
 int64_t esrl_room(int64_t outputs) { return (outputs + SUMMED - 1) / SUMMED * SUMMED + W; }
 
-// large: much is decoded at a time, and memory is to be in huge pages.
-Decoder* esrl_decoder(const Marian* model, int64_t threads, int64_t large) {
-    return new (std::nothrow) Decoder{model, threads, {}, {}, {}, bool(large), {}, {}, {}};
+Decoder* esrl_decoder(const Marian* model, int64_t threads) {
+    return new (std::nothrow) Decoder{model, threads, {}, {}, {}, {}, {}};
 }
 
 void esrl_free(Decoder* decoder) { delete decoder; }

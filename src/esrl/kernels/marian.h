@@ -3,13 +3,12 @@
 // What a row has decoded lies in pages of a few positions, so that memory follows the tokens there are: a page holds the
 // keys and values of all layers. Rows of one prompt read its keys and values together.
 #pragma once
-#include <cstdlib>
 #include <new>
 #include <numeric>
 #include <vector>
 
 #include "attention.h"
-#include "memory.h"
+#include "pool.h"
 
 namespace esrl {
 
@@ -38,8 +37,7 @@ struct Prompts {
     int64_t length;
 };
 
-constexpr int64_t PAGE = 8;        // positions of a page
-constexpr int64_t SLAB = 1 << 20;  // numbers of the pages that are made at a time
+constexpr int64_t PAGE = 8;  // positions of a page
 
 struct Row {
     const Prompts* prompts;
@@ -59,22 +57,14 @@ struct Decoder {
     std::vector<Row> rows;
     std::vector<int64_t> order;  // rows, those of a prompt together
     std::vector<Group> groups;
-    bool large;  // pages come from slabs, not one by one
-    std::vector<Large> slabs;
     std::vector<float*> free_pages;
     std::vector<float> room;  // activations
 
     float* new_page() {
-        const int64_t page = model->num_layers * 2 * PAGE * model->width;
-        if (free_pages.empty() && !large) {
-            void* made = std::malloc(page * sizeof(float));
+        if (free_pages.empty()) {
+            void* made = take(model->num_layers * 2 * PAGE * model->width * sizeof(float));
             if (!made) throw std::bad_alloc();
             return static_cast<float*>(made);
-        }
-        if (free_pages.empty()) {
-            const int64_t count = std::max<int64_t>(1, SLAB / page);
-            slabs.emplace_back(count * page);
-            for (int64_t i = count - 1; i >= 0; i--) free_pages.push_back(slabs.back().data() + i * page);
         }
         float* taken = free_pages.back();
         free_pages.pop_back();
@@ -113,10 +103,9 @@ struct Decoder {
     }
 
     ~Decoder() {
-        if (large) return;
         for (Row& row : rows)
-            for (float* page : row.pages) std::free(page);
-        for (float* page : free_pages) std::free(page);
+            for (float* page : row.pages) give(page);
+        for (float* page : free_pages) give(page);
     }
 };
 

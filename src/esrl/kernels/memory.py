@@ -1,8 +1,8 @@
-"""The memory that the two stages take turns with on a CPU.
+"""Memory of the two stages on a CPU.
 
-With long sources stage one is in huge pages of its own, kept from call to call (``memory.h``); stage two's memory comes
-from malloc, which keeps it likewise. Each gives back what it has kept before the other one begins: the peak is that of
-one stage, not of both. With short sources both are in malloc's memory, and nothing is given back.
+Within a stage tensors come from a pool in huge pages (``pool.h``), which PyTorch asks before malloc
+(``allocator.cpp``): both stages use the same places one after the other, so a step's peak is what lives at once in one
+of them. Outside of a stage, and where the kernels or PyTorch's headers are not there, everything is malloc's.
 Trained weights are in huge pages, too, where the system can do that.
 """
 
@@ -16,9 +16,11 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from esrl.kernels.native import loaded
+from esrl.kernels import build
+from esrl.kernels.native import Native, kernels
 
 _HUGE_PAGE = 2 << 20
 _GAP = 1 << 16
@@ -27,20 +29,38 @@ _MADV_COLLAPSE = 25
 
 
 @contextmanager
-def stage_two() -> Iterator[None]:
-    """Stage two's turn."""
-    taken_over = release()
+def stage(device: torch.device) -> Iterator[None]:
+    """What this thread allocates on a CPU comes from the pool; it may live on."""
+    native = _pool() if device.type == "cpu" else None
+    if native is None:
+        yield
+        return
+    native.library.esrl_enter()
     try:
         yield
     finally:
-        if taken_over:
-            trim()
+        native.library.esrl_leave()
 
 
-def release() -> bool:
-    """Stage one's memory goes back to the system; whether there was any."""
-    native = loaded()
-    return native is not None and bool(native.library.esrl_release())
+def release() -> None:
+    """Pages of the pool that hold nothing go back to the system."""
+    if _pool.cache_info().currsize and (native := _pool()) is not None:
+        native.library.esrl_release()
+
+
+@cache
+def _pool() -> Native | None:
+    """The kernels, once PyTorch asks their pool; None where it does not."""
+    native = kernels()
+    if native is None:
+        return None
+    try:
+        serve = ctypes.CDLL(str(build.allocator())).esrl_serve
+    except (build.CannotBuildError, OSError):
+        return None
+    serve.argtypes, serve.restype = [ctypes.c_void_p] * 2, ctypes.c_int64
+    places = [ctypes.cast(getattr(native.library, f"esrl_{name}"), ctypes.c_void_p) for name in ("take", "give")]
+    return native if serve(*places) else None
 
 
 def trim() -> None:

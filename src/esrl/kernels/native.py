@@ -5,8 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-import weakref
-from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_double, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,6 @@ from torch import Tensor
 from esrl.kernels.build import CannotBuildError, library
 
 ACTIVATIONS = {"none": 0, "relu": 1, "silu": 2}
-LARGE = 1 << 23
-"""Numbers of a batch's keys and values from which on stage one is in huge pages of its own: long sources. Below, it
-takes turns with stage two in malloc's memory, which costs least where both are short (docs/performance.md)."""
-
-
-_SLAB = 1 << 24
-"""Numbers that an arena gets from the system at a time."""
 
 
 class LinearStruct(Structure):
@@ -63,10 +55,9 @@ class Native:
             ("product_room", integer, [integer] * 3),
             ("gradient_room", integer, [integer] * 3),
             ("room", integer, [integer]),
-            ("large", pointer, [integer]),
-            ("large_data", pointer, [pointer]),
-            ("large_free", None, [pointer]),
-            ("release", integer, []),
+            ("enter", None, []),
+            ("leave", None, []),
+            ("release", None, []),
             ("lay_out", None, [pointer, integer, integer, pointer, integer]),
             ("linear", None, [POINTER(LinearStruct), pointer, integer, integer, *[pointer] * 3, integer]),
             (
@@ -89,7 +80,7 @@ class Native:
                 None,
                 [pointer, integer, pointer, integer, *[integer] * 3, pointer, pointer, integer, integer],
             ),
-            ("decoder", pointer, [pointer, integer, integer]),
+            ("decoder", pointer, [pointer, integer]),
             ("free", None, [pointer]),
             ("join", integer, [pointer, pointer, pointer, integer]),
             ("keep", integer, [pointer, pointer, integer]),
@@ -126,21 +117,6 @@ class Native:
         if kept is None or len(kept) < count:
             self._kept.room = kept = torch.empty(count)
         return kept
-
-    def large(self, count: int) -> Tensor:
-        """(count,) float32, whatever they are, for what is read again and again: in huge pages where there are some.
-
-        With the tensor the memory goes to whoever asks next, and to the system with ``release``.
-
-        Raises:
-            MemoryError: there is no memory for them.
-        """
-        handle = self.library.esrl_large(count)
-        if not handle:
-            raise MemoryError(f"there is no memory for {count} numbers; set a lower sampling.max_prompt_tokens.")
-        numbers = (c_float * count).from_address(self.library.esrl_large_data(handle))
-        weakref.finalize(numbers, self.library.esrl_large_free, handle).atexit = False
-        return torch.frombuffer(numbers, dtype=torch.float32)
 
     def draw(
         self,
@@ -243,33 +219,12 @@ class Native:
         return list(scores)
 
 
-class Arena:
-    """Tensors side by side in huge pages; each keeps the memory of its neighbours."""
-
-    def __init__(self, native: Native) -> None:
-        self._native = native
-        self._left = torch.empty(0)
-
-    def take(self, count: int) -> Tensor:
-        """(count,) float32, whatever they are; they begin at a multiple of 64 bytes.
-
-        Raises:
-            MemoryError: there is no memory for them.
-        """
-        filled = -(-count // 16) * 16
-        if len(self._left) < filled:
-            self._left = self._native.large(max(filled, _SLAB))
-        taken, self._left = self._left[:count], self._left[filled:]
-        return taken
-
-
 class LaidOut:
     """``functional.linear`` with a weight laid out for the kernels.
 
     Args:
         weight: (N, D) float32 on the CPU; bias: (N,).
         activation: applied to the result; one of ``ACTIVATIONS``.
-        arena: where the weight goes; without one it has memory of its own.
         tiles: take the processor's matrix unit where there is one. The weight is then read as it is, which pays where
             there are many rows, or where it stays in a cache.
     """
@@ -280,7 +235,6 @@ class LaidOut:
         weight: Tensor,
         bias: Tensor | None,
         activation: str = "none",
-        arena: Arena | None = None,
         *,
         tiles: bool = False,
     ) -> None:
@@ -295,7 +249,7 @@ class LaidOut:
         tiles = tiles and native.tiles
         if not tiles:
             weight, count = self._weight, blocks * native.block * self.inputs
-            self._weight = torch.empty(count) if arena is None else arena.take(count)
+            self._weight = torch.empty(count)
             native.library.esrl_lay_out(
                 weight.data_ptr(), self.outputs, self.inputs, self._weight.data_ptr(), torch.get_num_threads()
             )
@@ -352,11 +306,6 @@ def kernels() -> Native | None:
     """The compiled kernels, built if need be; None where they cannot be."""
     loaded = _load()
     return loaded if isinstance(loaded, Native) else None
-
-
-def loaded() -> Native | None:
-    """The compiled kernels, where somebody has asked for them already."""
-    return kernels() if _load.cache_info().currsize else None
 
 
 def operations() -> int:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from esrl.kernels import LaidOut, Native
-from esrl.kernels.native import Arena, LinearStruct
+from esrl.kernels.native import LinearStruct
 from esrl.models.attention import packing_kernels
 
 
@@ -24,18 +24,16 @@ class LaidOutWeights:
     """Keeps what the structures point to, as long as it lives.
 
     Args:
-        large: weights go into huge pages.
         tiles: products are on the processor's matrix unit where there is one; weights then stay as they are.
     """
 
-    def __init__(self, native: Native, *, large: bool, tiles: bool = False) -> None:
+    def __init__(self, native: Native, *, tiles: bool = False) -> None:
         self.native, self._tiles = native, tiles
-        self._arena = Arena(native) if large else None
         self._kept: list[Any] = []
 
     def linear(self, linear: Any, activation: str = "none") -> LinearStruct:
         """A linear layer, its weight laid out."""
-        laid_out = LaidOut(self.native, linear.weight.detach(), linear.bias, activation, self._arena, tiles=self._tiles)
+        laid_out = LaidOut(self.native, linear.weight.detach(), linear.bias, activation, tiles=self._tiles)
         self._kept.append(laid_out)
         return laid_out.struct
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from esrl.algorithm.log_probs import Projection
 from esrl.kernels import Native
-from esrl.kernels.native import LARGE, LinearStruct
+from esrl.kernels.native import LinearStruct
 from esrl.models.compiled import LaidOutWeights, NormStruct, activation
 from esrl.models.linear import FrozenProjection
 from esrl.models.policy import BatchSizes, PromptState, behind_each_other
@@ -113,10 +113,10 @@ class CompiledMarianDecoder:
         self._decoder = decoder
         self._laid_out: tuple[LaidOutWeights, _Marian] | None = None
 
-    def struct(self, large: bool) -> _Marian:
-        """What the kernels take; ``large``: in huge pages, if it is not there yet."""
+    def struct(self) -> _Marian:
+        """What the kernels take."""
         if self._laid_out is None:
-            weights = LaidOutWeights(self.native, large=large)
+            weights = LaidOutWeights(self.native)
             self._laid_out = weights, self._struct(weights)
         return self._laid_out[1]
 
@@ -136,7 +136,7 @@ class CompiledMarianDecoder:
         )
 
     def start(self, state: PromptState, prompt_index: Tensor) -> CompiledDecoder:
-        decoder = CompiledDecoder(self, state, prompt_index)
+        decoder = CompiledDecoder(self)
         decoder.join(state, prompt_index)
         return decoder
 
@@ -148,7 +148,7 @@ class CompiledMarianDecoder:
             results: (R, steps) each, zeros: "tokens" int64; "mask", what has been drawn, and "ended", a sample's EOS,
                 bool; "log_probs", "sampling_log_probs" and, to be recorded, "entropy", "max_prob" float32.
         """
-        decoder = CompiledDecoder(self, state, wanted.prompt_index[:places])
+        decoder = CompiledDecoder(self)
         decoder.sample(_shared(state), wanted, places, logits, results)
 
 
@@ -169,17 +169,12 @@ class CompiledDecoder:
 
     Args:
         weights: of the decoder.
-        state: the shared state of the prompts of the first rows that are to join.
-        prompt_index: (R,) int64, each row's prompt.
     """
 
-    def __init__(self, weights: CompiledMarianDecoder, state: PromptState, prompt_index: Tensor) -> None:
+    def __init__(self, weights: CompiledMarianDecoder) -> None:
         self.weights = weights
         self._library = weights.native.library
-        read = len(prompt_index.unique()) / state.mask.shape[0]  # by these rows, of what there is
-        large = 2 * read * sum(part.numel() for part in state.keys) >= LARGE
-        struct = weights.struct(large)
-        self._handle = self._library.esrl_decoder(addressof(struct), torch.get_num_threads(), large)
+        self._handle = self._library.esrl_decoder(addressof(weights.struct()), torch.get_num_threads())
         self._check(self._handle)
         weakref.finalize(self, self._library.esrl_free, self._handle)
         self.sizes: list[int] = []

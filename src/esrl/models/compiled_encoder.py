@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from ctypes import POINTER, Structure, addressof, c_double, c_int64, c_void_p
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from esrl.kernels import Native
-from esrl.kernels.native import LARGE, LinearStruct
+from esrl.kernels.native import LinearStruct
 from esrl.models.compiled import LaidOutWeights, NormStruct, activation
 from esrl.models.policy import PromptState
 from esrl.types import Prompts
@@ -56,14 +55,12 @@ class CompiledMarianEncoder:
         native: the kernels.
         encoder: Hugging Face's encoder module, one that ``fitting_kernels`` takes.
         readers: the cross-attention of each of the decoder's layers.
-        tokens: at most so many are encoded at a time, padding included.
     """
 
     @torch.no_grad()
-    def __init__(self, native: Native, encoder: Any, readers: list[Any], tokens: int) -> None:
+    def __init__(self, native: Native, encoder: Any, readers: list[Any]) -> None:
         self._native = native
-        self._large = 2 * tokens * encoder.embed_tokens.weight.shape[1] * len(readers) >= LARGE
-        self._weights = weights = LaidOutWeights(native, tiles=True, large=self._large)
+        self._weights = weights = LaidOutWeights(native, tiles=True)
         self._heads = encoder.layers[0].self_attn.num_heads
         self._width = encoder.embed_tokens.weight.shape[1]
         layers = (_Layer * len(encoder.layers))(*(self._layer(layer) for layer in encoder.layers))
@@ -90,7 +87,7 @@ class CompiledMarianEncoder:
         """
         count, length = prompts.mask.shape
         shape = (2, self._struct.num_readers, count, self._heads, length, self._width // self._heads)
-        both = self._room(math.prod(shape)).view(shape)
+        both = torch.empty(shape)
         if not bool(prompts.mask.all()):
             both.zero_()
         keys, values = ([*part] for part in both)
@@ -98,15 +95,12 @@ class CompiledMarianEncoder:
         starts = torch.nn.functional.pad(prompts.mask.sum(1).cumsum(0), (1, 0))
         sources = _Sources(tokens.data_ptr(), positions.data_ptr(), starts.data_ptr(), count, length)
         structs, library = (addressof(self._struct), addressof(sources)), self._native.library
-        room = self._room(library.esrl_encode_room(*structs, torch.get_num_threads()))
+        room = torch.empty(library.esrl_encode_room(*structs, torch.get_num_threads()))
         places = (room.data_ptr(), _addresses(keys), _addresses(values))
         done = library.esrl_encode(*structs, *places, torch.get_num_threads())
         if not done:
             raise MemoryError("there is no memory for a batch of prompts; set a lower sampling.max_prompt_tokens.")
         return PromptState(keys=tuple(keys), values=tuple(values), mask=prompts.mask)
-
-    def _room(self, count: int) -> Tensor:
-        return self._native.large(count) if self._large else torch.empty(count)
 
     def _layer(self, layer: Any) -> _Layer:
         attention, weights = layer.self_attn, self._weights

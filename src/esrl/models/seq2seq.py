@@ -99,7 +99,7 @@ class MarianPolicy:
             if native is not None and (native.tiles or int(prompts.mask.sum()) >= _COMPILED_TOKENS):
                 if self.plain is not self.model:
                     encoder, readers = (twin(part, merged_linear) for part in (encoder, nn.ModuleList(attentions)))
-                return CompiledMarianEncoder(native, encoder, list(readers), prompts.mask.numel())(prompts)
+                return CompiledMarianEncoder(native, encoder, list(readers))(prompts)
         if fixed or prompts.mask.numel() <= _ENCODED_TOKENS:
             return self._encode(prompts, projections)
         # what a part makes fits into memory that is used again and again; fresh pages cost a tenth of the time

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from esrl.algorithm.streams import sample_uniforms
 from esrl.errors import NumericsError
+from esrl.kernels import memory
 from esrl.models.policy import FrozenDecoder, Policy, PromptState
 from esrl.models.precision import autocast
 from esrl.sampling.decoding import Output, Pace, Rows, Work, decode
@@ -121,7 +122,7 @@ class EngineSampler:
             raise ValueError(f"records are {', '.join(_RECORDS)}; there is no {unknown[0]!r}.")
         # the decoder has its own copies of the weights
         in_precision = autocast(self.policy.device, self.policy.precision, keep=False)
-        with _without_dropout(self.policy.model), in_precision:
+        with memory.stage(self.policy.device), _without_dropout(self.policy.model), in_precision:
             request = _Request(prompts, plan, epoch, records)
             outputs: list[Output] = []
             decoder: FrozenDecoder | None = None

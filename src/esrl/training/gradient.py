@@ -107,7 +107,7 @@ class StageTwo:
         self, prompts: Prompts, rollouts: Rollouts, temperature: Tensor | None, seed: int
     ) -> tuple[Tensor, Tensor | None]:
         """(R, T) log-probabilities and, where there is a critic, (R, T) values before each token; 0 elsewhere."""
-        with memory.stage_two():
+        with memory.stage(self.policy.device):
             return self._retry(lambda: self._scores(prompts, rollouts, temperature, seed))
 
     def backward(
@@ -137,7 +137,7 @@ class StageTwo:
                 module.zero_grad(set_to_none=False)
             self._backward(prompts, rollouts, (coefficients, value_coefficients), temperature, seed)
 
-        with memory.stage_two():
+        with memory.stage(self.policy.device):
             self._retry(attempt)
 
     def _scores(
