@@ -266,7 +266,7 @@ def collapses_here() -> bool:
     """Whether this system puts memory into huge pages when asked: a mapping of its own, asked directly."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return False
-    area = mmap.mmap(-1, 8 << 20)
+    area = mmap.mmap(-1, 8 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     area.write(b"1" * (8 << 20))
     try:
         area.madvise(25)  # MADV_COLLAPSE
