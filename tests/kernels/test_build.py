@@ -72,10 +72,12 @@ def test_another_compiler_version_builds_anew(empty_cache, tmp_path, monkeypatch
     assert len(names) == 2
 
 
-def test_a_damaged_library_is_built_anew(empty_cache, monkeypatch):
+@pytest.mark.parametrize(("file", "function"), [(library, "esrl_draw"), (build.allocator, "esrl_serve")])
+def test_a_damaged_library_is_built_anew(empty_cache, file, function):
     needs_compiler()
-    built = library()
+    built = file()
     built.write_bytes(built.read_bytes()[:100])
+    assert hasattr(build.load(file), function)
     assert native.kernels() is not None and native.why_not() is None
 
 

@@ -11,7 +11,7 @@ from compiled_models import make, with_adapter
 from torch import nn
 
 from esrl.errors import NumericsError
-from esrl.kernels import LaidOut, kernels, operations, why_not
+from esrl.kernels import LaidOut, kernels, memory, operations, why_not
 from esrl.models import attention, seq2seq
 from esrl.models.cached_decoder import FrozenMarianDecoder
 from esrl.models.compiled import fitting_kernels
@@ -241,3 +241,29 @@ def test_operations_of_a_step_are_counted(tokenizer, prompts: Prompts):
     # a layer: six 64 x 64 products, two 64 x 72 ones; one own key and the prompt's, each 64 wide, twice
     a_row = 6 * 64 * 64 + 2 * 64 * 72 + 2 * 64 * (1 + prompts.mask.shape[1])
     assert operations() - before == 2 * 2 * 3 * a_row
+
+
+def test_what_rows_have_decoded_is_in_the_pool(tokenizer, prompts):
+    """A page of 8 positions, two layers 256 wide, is 32 KB; what is given back serves the next rows."""
+    if memory._pool() is None:
+        pytest.skip("PyTorch has no pool here")
+    policy, rows = make(tokenizer, 256), torch.zeros(100, dtype=torch.int64)
+
+    def top() -> int:
+        """Behind all that is in the pool."""
+        return torch.empty(1 << 28).data_ptr()
+
+    tops = []
+    with memory.stage(policy.device), torch.no_grad():
+        state, compiled = policy.encode(prompts), policy.frozen_decoder()
+        for _ in range(2):
+            decoding = compiled.start(state, rows)
+            decoding.step(rows)
+            tops.append(top())
+            for _ in range(8):
+                decoding.step(rows)
+            tops.append(top())
+            decoding.keep(range(50))
+            del decoding
+    assert tops[1] - tops[0] >= 100 << 15
+    assert tops[2:] == tops[:2]

@@ -8,6 +8,7 @@ with {"failed": ...} and ends the process.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
 import os
@@ -16,6 +17,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +146,14 @@ def _operations(contestant: Contestant, turn: int) -> dict[str, float]:
 def _give_back() -> None:
     """All that is kept goes back to the system."""
     system.release()
-    system.trim()
+    if (trim := _malloc_trim()) is not None:
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Any:
+    """glibc's; other C libraries have none."""
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
 
 
 def _reset_high_water_mark() -> bool:

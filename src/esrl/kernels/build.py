@@ -6,12 +6,14 @@ for the cores. Without a compiler everything runs on PyTorch's own operations.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -51,6 +53,20 @@ def allocator() -> Path:
     headers = [f"-I{folder / 'include'}", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     flags = ["-std=c++20", "-O2", "-fPIC", *headers]
     return _built("allocator", flags, folder / "lib" / "libc10.so")
+
+
+def load(file: Callable[[], Path]) -> ctypes.CDLL:
+    """The library that ``library`` or ``allocator`` gives; one that a power cut has damaged is built anew.
+
+    Raises:
+        CannotBuildError, OSError: it cannot be built, or not be loaded.
+    """
+    built = file()
+    try:
+        return ctypes.CDLL(str(built))
+    except OSError:
+        built.unlink()
+        return ctypes.CDLL(str(file()))
 
 
 def _built(name: str, flags: list[str], linked: Path) -> Path:

@@ -9,7 +9,6 @@ Trained weights are in huge pages, too, where the system can do that.
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -55,23 +54,12 @@ def _pool() -> Native | None:
     if native is None:
         return None
     try:
-        serve = ctypes.CDLL(str(build.allocator())).esrl_serve
+        serve = build.load(build.allocator).esrl_serve
     except (build.CannotBuildError, OSError):
         return None
     serve.argtypes, serve.restype = [ctypes.c_void_p] * 2, ctypes.c_int64
     places = [ctypes.cast(getattr(native.library, f"esrl_{name}"), ctypes.c_void_p) for name in ("take", "give")]
     return native if serve(*places) else None
-
-
-def trim() -> None:
-    """What malloc has kept goes back to the system, where the C library can do that: glibc."""
-    if (function := _malloc_trim()) is not None:
-        function(0)
-
-
-@cache
-def _malloc_trim() -> Any:
-    return getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
 
 
 def collapse(weights: Iterable[Tensor]) -> None:

@@ -7,13 +7,12 @@ import os
 import threading
 from ctypes import POINTER, Structure, c_char_p, c_double, c_int64, c_void_p
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from esrl.kernels.build import CannotBuildError, library
+from esrl.kernels.build import CannotBuildError, library, load
 
 ACTIVATIONS = {"none": 0, "relu": 1, "silu": 2}
 
@@ -41,11 +40,11 @@ class Native:
     """The functions of a compiled library; float32 on CPUs.
 
     Args:
-        path: of the library.
+        library: as it has been loaded.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.library: Any = ctypes.CDLL(str(path))
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library: Any = library
         integer, pointer = c_int64, c_void_p
         for name, result, arguments in (
             ("vector", integer, []),
@@ -292,12 +291,7 @@ def _load() -> Native | str:
     if os.environ.get("ESRL_KERNELS", "on") == "off":
         return "ESRL_KERNELS is off"
     try:
-        built = library()
-        try:
-            return Native(built)
-        except OSError:  # a file that a power cut has damaged
-            built.unlink()
-            return Native(library())
+        return Native(load(library))
     except (CannotBuildError, OSError) as error:
         return str(error)
 
